@@ -1,0 +1,31 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else.
+PYTHON ?= python3
+ENV := .venv
+RUN := OMP_NUM_THREADS=1 $(ENV)/bin
+
+.PHONY: demo test format slow clean
+
+demo: $(ENV)/installed
+	$(RUN)/equiv demo --html demo.html --json demo.json
+
+test: $(ENV)/installed
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/pyright --pythonpath $(ENV)/bin/python
+	$(RUN)/python -m pytest -n 2
+
+slow: $(ENV)/installed
+	$(RUN)/python -m pytest -n 2 -m slow
+
+format: $(ENV)/installed
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+$(ENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ENV)
+	$(ENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(ENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(ENV) demo.html demo.json

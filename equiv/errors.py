@@ -1,0 +1,69 @@
+"""The library's errors: each says what was expected, what came, and what to do.
+
+A wrong call fails at the door with one of these; a failed numerical contract is not
+an error but a verdict in the report, and becomes `NotEquivalentError` only on request.
+"""
+
+
+class EquivError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class UpdateError(EquivError, ValueError):
+    """The update cannot be used: empty, not finite, not floating, or ambiguous.
+
+    Look at the named entry of the update; `equiv.Update.between(base, tuned)` makes
+    an update that is right by construction.
+    """
+
+
+class UpdateMismatchError(UpdateError):
+    """The update does not fit the model: unknown names, other shapes or devices.
+
+    Compare the names in the message with `model.named_parameters()`.
+    """
+
+
+class InputsError(EquivError, ValueError):
+    """The inputs cannot be fed to the model or leave nothing to measure.
+
+    Raised for token ids out of range, a wrong width, batches with every token masked,
+    and texts without a tokenizer.
+    """
+
+
+class UnsupportedModelError(EquivError, TypeError):
+    """The model cannot be measured: quantised, on the meta device, or of no known form.
+
+    The message names the obstacle and the nearest way around it.
+    """
+
+
+class SiteError(EquivError, ValueError):
+    """A layer or site was asked for that the model does not have.
+
+    The message lists those it has.
+    """
+
+
+class ArgumentError(EquivError, ValueError):
+    """An argument has a value outside its set; the message lists the valid ones."""
+
+
+class ForwardModeError(EquivError, RuntimeError):
+    """An operation of the model has no forward-mode derivative in PyTorch."""
+
+
+class FileFormatError(EquivError, ValueError):
+    """A file is not what it was taken for, is damaged, or would have to run code."""
+
+
+class MissingExtraError(EquivError, ImportError):
+    """An optional package is needed for this call; the message says how to get it."""
+
+
+class NotEquivalentError(EquivError, AssertionError):
+    """`Report.assert_holds` found a layer and site where the equivalence fails.
+
+    One line per failing site, with its order, remainder and radius.
+    """

@@ -1,0 +1,63 @@
+"""Inputs that `equiv` makes itself: random ones, and samples of the two models."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from equiv.errors import InputsError
+from equiv.model.families import model_type
+
+SEQUENCES, LENGTH, ROWS = 8, 32, 64
+SAMPLES, SAMPLE_LENGTH = 64, 64
+
+
+def random_inputs(model: nn.Module, seed: int) -> Tensor:
+    """Random inputs: 8 sequences of 32 token ids, or 64 rows of N(0, 1) features.
+
+    Good for the calculus only: on random ids the KL of an update looked three times
+    smaller than on text, and steering fitted to them was useless there.
+
+    Raises:
+        InputsError: If the width of a plain module's input cannot be told.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if model_type(model) is not None:
+        size = model.config.vocab_size  # pyright: ignore
+        assert isinstance(size, int)
+        return torch.randint(size, (SEQUENCES, LENGTH), generator=generator)
+    first = next((m for m in model.modules() if list(m.parameters(False))), None)
+    if isinstance(first, nn.Linear):
+        shape = (ROWS, first.in_features)
+        return torch.randn(shape, generator=generator, dtype=first.weight.dtype)
+    if isinstance(first, nn.Embedding):
+        shape = (SEQUENCES, LENGTH)
+        return torch.randint(first.num_embeddings, shape, generator=generator)
+    raise InputsError(
+        f"Cannot draw inputs for {type(model).__name__}: its first module with "
+        "parameters is neither Linear nor Embedding. Pass `inputs=`."
+    )
+
+
+@torch.no_grad()
+def sampled(
+    base: Callable[[Tensor], Tensor],
+    tuned: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    seed: int,
+) -> Tensor:
+    """Token ids [64, 64], half sampled from the base, half from the tuned model.
+
+    Both are functions from token ids [batch, seq] to logits [batch, seq, vocab]. The
+    first token is drawn uniformly; the rest at temperature 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    halves = []
+    for logits in (base, tuned):
+        ids = torch.randint(vocab_size, (SAMPLES // 2, 1), generator=generator)
+        for _ in range(SAMPLE_LENGTH - 1):
+            shares = torch.softmax(logits(ids)[:, -1].double(), dim=-1).cpu()
+            drawn = torch.multinomial(shares, 1, generator=generator)
+            ids = torch.cat([ids, drawn], dim=1)
+        halves.append(ids)
+    return torch.cat(halves)

@@ -1,0 +1,125 @@
+"""Leave the user's model exactly as it was: mode, hooks, forwards, RNG, adapters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from equiv.errors import UnsupportedModelError
+
+# Implementations that have no forward-mode derivative of their own; `sdpa` with the
+# math backend computes the same function.
+_NOT_DIFFERENTIABLE = ("flash", "flex", "paged", "sage", "kernels")
+
+
+@contextmanager
+def measured(model: nn.Module) -> Iterator[None]:
+    """Make `model` ready to be measured, and put everything back afterwards.
+
+    Dropout is off, gradients are off, adapters injected by PEFT are disabled, and the
+    random state of torch is restored, also after an exception.
+    """
+    check_model(model)
+    training = [(module, module.training) for module in model.modules()]
+    adapters = _adapter_layers(model)
+    attention = _attention_configs(model)
+    cpu_state = torch.random.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        for module, _ in training:
+            module.training = False
+        for module, _ in adapters:
+            vars(module)["_disable_adapters"] = True
+        for config, _ in attention:
+            config._attn_implementation_internal = "sdpa"
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for module, own in adapters:
+            # Most layers only inherit the flag from their class: leave no copy behind.
+            vars(module).pop("_disable_adapters", None)
+            vars(module).update(own)
+        for config, implementation in attention:
+            config._attn_implementation_internal = implementation
+        torch.random.set_rng_state(cpu_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be measured, by name.
+
+    Raises:
+        UnsupportedModelError: If `model` is not a module, is on the meta device, is
+            quantised, or holds a merged adapter.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"Expected a `torch.nn.Module`, got {type(model).__name__}."
+        )
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"`{name}` is on the meta device: it has a shape but no values. Load "
+                "the weights before measuring."
+            )
+    _check_not_quantised(model)
+    for module, _ in _adapter_layers(model):
+        if getattr(module, "merged", False):
+            raise UnsupportedModelError(
+                "An adapter is merged into this model, so its base is not at hand. "
+                "Call `model.unmerge_adapter()`, or pass a base without the adapter."
+            )
+
+
+def _check_not_quantised(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    wrong = next(
+        (
+            name
+            for name, tensor in model.named_parameters()
+            if not tensor.is_floating_point()
+        ),
+        None,
+    )
+    quantised = next(
+        (
+            name
+            for name, module in model.named_modules()
+            if type(module).__module__.startswith(
+                ("torch.ao.nn.quantized", "bitsandbytes", "torchao")
+            )
+        ),
+        None,
+    )
+    if method is not None or wrong is not None or quantised is not None:
+        found = method or f"`{wrong or quantised}`"
+        raise UnsupportedModelError(
+            f"The model is quantised ({found}): its weights have no derivative. "
+            "Measure the model it was quantised from, or a dequantised copy."
+        )
+
+
+def _adapter_layers(model: nn.Module) -> list[tuple[nn.Module, dict[str, bool]]]:
+    """Modules that PEFT put in place of others, with their own "disabled" flag."""
+    name = "_disable_adapters"
+    return [
+        (module, {name: vars(module)[name]} if name in vars(module) else {})
+        for module in model.modules()
+        if hasattr(module, name)
+    ]
+
+
+def _attention_configs(model: nn.Module) -> list[tuple[object, str]]:
+    """Configurations whose attention has no forward-mode derivative."""
+    found: dict[int, tuple[object, str]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        chosen = getattr(config, "_attn_implementation_internal", None)
+        if isinstance(chosen, str) and any(n in chosen for n in _NOT_DIFFERENTIABLE):
+            found[id(config)] = (config, chosen)
+    return list(found.values())

@@ -1,0 +1,51 @@
+"""Arithmetic that forward-mode differentiation and float64 checks can rely on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+_CASTS = (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type)
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Inside, a float64 tensor that is asked to become float32 stays float64.
+
+    Hugging Face norms, softmax and rotary tables cast to float32 whatever the model's
+    dtype; without this every float64 check has a floor of about 6e-4 under it.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _CASTS and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        if kwargs.get("dtype") is torch.float32 and any(
+            isinstance(a, Tensor) and a.dtype == torch.float64 for a in args
+        ):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def arithmetic(dtype: torch.dtype) -> Iterator[None]:
+    """Attention that forward-mode AD can differentiate, and float64 that stays so.
+
+    PyTorch's fused attention kernels have no forward-mode derivative; the math backend
+    has. It is used for plain forwards as well, so that base and tuned activations
+    differ by the update alone and not by the rounding of two kernels.
+    """
+    keep = KeepFloat64() if dtype == torch.float64 else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), keep:
+        yield

@@ -1,0 +1,450 @@
+"""A model as a list of stages: embed, block 0 … L-1, head; or one stage for a module.
+
+A stage is a pure function of its parameters and its input, and returns its output and
+the activations at its sites. Hugging Face models are cut without touching their code:
+each block's `forward` is replaced by a stub that records how it is called and hands
+the hidden state on; the model runs once; the forwards are put back. Masks, rotary
+tables and flags of every block are then known exactly (they differ per layer in some
+families).
+
+Symbols: `tensors` maps full parameter and buffer names to values in the compute
+dtype; `low` maps weight names to factors (left, right) of an update that is applied
+beside its weight, never as a dense matrix: W x + t · left (right x).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from equiv.errors import SiteError, UnsupportedModelError
+from equiv.model.batches import POSITIONAL, Batch
+from equiv.model.families import Blocks, find_blocks
+from equiv.model.precision import arithmetic
+from equiv.model.sites import (
+    LOGITS,
+    OUTPUT,
+    SITES,
+    Place,
+    first_tensor,
+    is_activation,
+    with_first,
+)
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+Steer = Mapping[str, Callable[[Tensor], Tensor]]
+Sites = dict[str, Tensor]
+
+
+class _ReachedBlocks(Exception):
+    """Raised by the last stub: what follows the blocks need not be computed."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class UnusedFactorsError(Exception):
+    """Low-rank factors whose weight was not used by a plain call of its module."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a model.
+
+    Attributes:
+        name: "embed", "block", "head" or "module".
+        layer: Index of the block; the number of blocks for the head.
+        names: Full names of its parameters and buffers.
+        sites: Sites whose activations it returns.
+    """
+
+    name: str
+    layer: int
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+
+
+@dataclass
+class _Active:
+    """What the hooks do during one run of a stage."""
+
+    seen: Sites = field(default_factory=dict)
+    steer: Steer = field(default_factory=dict)
+    low: Factors = field(default_factory=dict)
+    scale: Tensor | float = 0.0
+    applied: set[str] = field(default_factory=set)
+
+
+class StagedModel:
+    """A model cut into stages for a fixed list of batches; use `staged(...)`."""
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype
+    ) -> None:
+        self.model = model
+        self.batches = list(batches)
+        self.dtype = dtype
+        self.blocks: Blocks | None = find_blocks(model)
+        self.parameters = dict(model.named_parameters())
+        # Tied names are one tensor here; `functional_call` ties them again.
+        self.tensors_of_model = {**self.parameters, **dict(model.named_buffers())}
+        self.calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self.stages: list[Stage] = []
+        self._active = _Active()
+        self._modules = dict(model.named_modules())
+        self._owner: dict[nn.Module, str] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks; 1 for a module that is one stage."""
+        return len(self.blocks.modules) if self.blocks else 1
+
+    @property
+    def output_site(self) -> str:
+        """What the model's output is called: `logits` or `output`."""
+        return self._output_site
+
+    def tensors(self, stage: Stage) -> dict[str, Tensor]:
+        """The stage's parameters and buffers in the compute dtype, by full name."""
+        return {name: self._cast(self.tensors_of_model[name]) for name in stage.names}
+
+    def run(
+        self,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor | None,
+        batch: int,
+        *,
+        low: Factors | None = None,
+        scale: Tensor | float = 0.0,
+        steer: Steer | None = None,
+    ) -> tuple[Tensor, Sites]:
+        """Run one stage.
+
+        Args:
+            stage: The stage.
+            tensors: Its parameters and buffers, by full name.
+            hidden: The stage's input [batch, seq, d]; `None` for the first stage.
+            batch: Which batch.
+            low: Low-rank updates applied at `scale`.
+            scale: t.
+            steer: Added at the site: site → function of the site's activation.
+
+        Returns:
+            The stage's output and the activations at its sites, before steering.
+        """
+        self._active = _Active({}, steer or {}, low or {}, scale)
+        if stage.name == "block":
+            output = self._run_block(stage, tensors, hidden, batch)
+        elif stage.name == "embed":
+            output = self._run_embed(tensors, batch)
+        elif stage.name == "head":
+            assert hidden is not None
+            output = self._run_head(tensors, hidden, batch)
+        else:
+            output = self._run_whole(tensors, batch)
+        unused = set(self._active.low) - self._active.applied
+        if unused:
+            raise UnusedFactorsError(unused)
+        seen = {site: self._active.seen[site] for site in stage.sites if site in self._active.seen}
+        if stage.name in ("head", "module"):
+            seen[self.output_site] = output
+        return output, seen
+
+    def run_plain(self, steer: Mapping[int, Steer], batch: int) -> Tensor:
+        """The base model's output with steering, stage by stage."""
+        hidden: Tensor | None = None
+        for stage in self.stages:
+            hidden, _ = self.run(
+                stage,
+                self.tensors(stage),
+                hidden,
+                batch,
+                steer=steer.get(stage.layer, {}) if stage.name != "head" else {},
+            )
+        assert hidden is not None
+        return hidden
+
+    def _run_block(
+        self,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor | None,
+        batch: int,
+    ) -> Tensor:
+        assert self.blocks is not None and hidden is not None
+        prefix = f"{self.blocks.path}.{stage.layer}."
+        args, kwargs = self.calls[batch][stage.layer]
+        own = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        block = self.blocks.modules[stage.layer]
+        return first_tensor(functional_call(block, own, (hidden, *args), kwargs))
+
+    def _run_embed(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
+        with self._stubs(record=None, enter=None):
+            try:
+                self._call(tensors, batch)
+            except _ReachedBlocks as reached:
+                return reached.hidden
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} does not run its blocks in `forward`."
+        )
+
+    def _run_head(
+        self, tensors: Mapping[str, Tensor], hidden: Tensor, batch: int
+    ) -> Tensor:
+        with self._stubs(record=None, enter=hidden):
+            return self._call(tensors, batch)
+
+    def _run_whole(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
+        return self._call(tensors, batch)
+
+    def _call(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
+        arguments = {
+            name: self._cast(value) if isinstance(value, Tensor) else value
+            for name, value in self.batches[batch].arguments.items()
+        }
+        if POSITIONAL in arguments:
+            args, kwargs = (arguments[POSITIONAL],), {}
+        else:
+            args, kwargs = (), arguments
+        output = functional_call(self.model, dict(tensors), args, kwargs)
+        return _model_output(output)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
+
+    @contextmanager
+    def _stubs(
+        self,
+        record: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] | None,
+        enter: Tensor | None,
+    ) -> Iterator[None]:
+        """Blocks that hand the hidden state on.
+
+        With `enter` the last block returns it and the head runs; without, the last
+        block ends the run.
+        """
+        assert self.blocks is not None
+        last = len(self.blocks.modules) - 1
+
+        def stub(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if record is not None:
+                    record[index] = (args, kwargs)
+                if index < last:
+                    return hidden_states
+                if enter is None:
+                    raise _ReachedBlocks(hidden_states)
+                return enter
+
+            return forward
+
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks.modules):
+                stack.enter_context(_replaced_forward(block, stub(index)))
+            yield
+
+    def cut(self, sites: Sequence[str] | None) -> None:
+        """Run every batch once, record the blocks' calls and make the stages."""
+        if self.blocks is None:
+            self._cut_module(sites)
+            return
+        names = sites or SITES
+        inside = tuple(
+            tuple(n for n in self.tensors_of_model if n.startswith(f"{self.blocks.path}.{i}."))
+            for i in range(self.num_layers)
+        )
+        blocks = {name for group in inside for name in group}
+        outside = tuple(n for n in self.tensors_of_model if n not in blocks)
+        self.stages = [
+            Stage("embed", -1, outside, ()),
+            *(Stage("block", i, inside[i], tuple(names)) for i in range(self.num_layers)),
+            Stage("head", self.num_layers, outside, ()),
+        ]
+        embed = self.tensors(self.stages[0])
+        for batch in range(len(self.batches)):
+            record: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+            with self._stubs(record, None):
+                try:
+                    self._call(embed, batch)
+                except _ReachedBlocks as reached:
+                    hidden = reached.hidden
+            self.calls.append(record)
+            if batch == 0:
+                with self._stubs(None, hidden):
+                    self._output_site = self._output_name(embed)
+
+    def _output_name(self, tensors: Mapping[str, Tensor]) -> str:
+        arguments = dict(self.batches[0].arguments)
+        arguments = {
+            k: self._cast(v) if isinstance(v, Tensor) else v for k, v in arguments.items()
+        }
+        output = functional_call(self.model, dict(tensors), (), arguments)
+        return LOGITS if hasattr(output, "logits") else OUTPUT
+
+    def _cut_module(self, sites: Sequence[str] | None) -> None:
+        self._output_site = OUTPUT
+        names = tuple(self.tensors_of_model)
+        found = self._module_sites()
+        if sites is None:
+            chosen = tuple(found)
+        else:
+            unknown = [s for s in sites if s not in found]
+            if unknown:
+                raise SiteError(
+                    f"Expected sites among {', '.join(found) or 'none'} (submodules that "
+                    f"return one tensor, called once), got {unknown}."
+                )
+            chosen = tuple(sites)
+        self.stages = [Stage("module", 0, names, chosen)]
+
+    def _module_sites(self) -> list[str]:
+        """Named submodules that are called once and return one floating tensor."""
+        calls: dict[str, list[object]] = {}
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                if name:
+
+                    def hook(_m: nn.Module, _a: Any, out: object, name: str = name) -> None:
+                        calls.setdefault(name, []).append(out)
+
+                    stack.callback(module.register_forward_hook(hook).remove)
+            tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
+            output = self._call(tensors, 0)
+        once = {n: outs[0] for n, outs in calls.items() if len(outs) == 1}
+        seen = {id(output)}
+        kept = []
+        for name, out in once.items():
+            if is_activation(out) and id(out) not in seen:
+                seen.add(id(out))
+                kept.append(name)
+        return kept
+
+    def place(self, layer: int, site: str) -> Place:
+        """Where a site is in the modules."""
+        if self.blocks is not None:
+            return self.blocks.place(layer, site)
+        return Place(self._modules[site], "output")
+
+    @contextmanager
+    def hooked(self, low_names: Sequence[str]) -> Iterator[None]:
+        """Hooks that capture sites, add steering and apply low-rank updates."""
+        with ExitStack() as stack:
+            for name in low_names:
+                module = self._modules[name.rpartition(".")[0]]
+                stack.callback(
+                    module.register_forward_hook(self._low_rank_hook(name)).remove
+                )
+            for stage in self.stages:
+                for site in stage.sites:
+                    place = self.place(stage.layer, site)
+                    stack.callback(self._site_hook(place, site).remove)
+            yield
+
+    def _site_hook(self, place: Place, site: str) -> Any:
+        def at(activation: Tensor) -> Tensor:
+            self._active.seen[site] = activation
+            steer = self._active.steer.get(site)
+            return activation if steer is None else activation + steer(activation)
+
+        if place.side == "output":
+            return place.module.register_forward_hook(
+                lambda _m, _a, out: with_first(out, at(first_tensor(out)))
+            )
+
+        def before(
+            _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (at(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": at(kwargs["hidden_states"])}
+
+        return place.module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def _low_rank_hook(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+            factors = self._active.low.get(name)
+            if factors is None:
+                return None
+            self._active.applied.add(name)
+            left, right = factors
+            if isinstance(module, nn.Embedding):
+                moved = nn.functional.embedding(args[0], left) @ right
+            elif isinstance(module, nn.Linear):
+                moved = (args[0] @ right.T) @ left.T
+            else:  # Conv1D: weight [in, out]
+                moved = (args[0] @ left) @ right
+            return out + self._active.scale * moved
+
+        return hook
+
+
+def takes_factors(module: nn.Module) -> bool:
+    """Whether a low-rank update can be applied beside this module's weight.
+
+    Only for the very classes: a subclass may use its weight in another way.
+    """
+    if type(module) is nn.Embedding:
+        return module.max_norm is None
+    return type(module) is nn.Linear or (
+        type(module).__name__ == "Conv1D"
+        and type(module).__module__ == "transformers.pytorch_utils"
+    )
+
+
+@contextmanager
+def staged(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    *,
+    sites: Sequence[str] | None = None,
+    low_names: Sequence[str] = (),
+) -> Iterator[StagedModel]:
+    """Cut a model into stages; nothing of it is left on the model afterwards.
+
+    Args:
+        model: The model, ready to be measured (see `guard.measured`).
+        batches: The batches that will be run.
+        dtype: Compute dtype; parameters are cast stage by stage.
+        sites: Sites to capture; `None` means all.
+        low_names: Weights that will be given low-rank updates.
+    """
+    with arithmetic(dtype):
+        cut = StagedModel(model, batches, dtype)
+        cut.cut(sites)
+        with cut.hooked(low_names):
+            yield cut
+
+
+@contextmanager
+def _replaced_forward(
+    module: nn.Module, forward: Callable[..., Tensor]
+) -> Iterator[None]:
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+def _model_output(output: object) -> Tensor:
+    """Logits, else the last hidden state, else the (first) tensor."""
+    for name in (LOGITS, "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    return first_tensor(output)

@@ -1,0 +1,157 @@
+"""`Report`: the frozen result of `equiv.check`; renderings live in their own files."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equiv.errors import NotEquivalentError
+from equiv.report import answer
+from equiv.report.values import (
+    Behaviour,
+    Coverage,
+    FitRow,
+    Row,
+    Subject,
+    Superposition,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+FORMAT = 1  # 1: first format
+
+_PASSING = (Verdict.HOLDS, Verdict.EXACT, Verdict.NOT_APPLICABLE)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `equiv.check` measured, per layer and site, and the answer in words.
+
+    Attributes:
+        subject: The model, the update, the inputs and the settings.
+        rows: First-order equivalence, one row per (layer, site, scope).
+        coverage: The four coverage ratios per (layer, scope).
+        fits: Closed-form steering per (layer, site, form), with held-out misfit.
+        behaviour: The steered model against the tuned model, per site and form.
+        superposition: The first-order equivalence at the output; `None` when off.
+        notes: Whatever the reader must know before using a figure.
+        format: Number of the file format of `to_json`.
+    """
+
+    subject: Subject
+    rows: tuple[Row, ...]
+    coverage: tuple[Coverage, ...] = ()
+    fits: tuple[FitRow, ...] = ()
+    behaviour: tuple[Behaviour, ...] = ()
+    superposition: Superposition | None = None
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def derivative_holds(self) -> bool:
+        """Whether the remainder is of second order (or zero) at every row.
+
+        A verdict on the derivative and the smoothness of the model here, not on the
+        size of the update. Rows without a shift are left out; at least one other row
+        must have been judged.
+        """
+        judged = [row.order.verdict for row in self.rows]
+        return all(v in _PASSING for v in judged) and any(
+            v in (Verdict.HOLDS, Verdict.EXACT) for v in judged
+        )
+
+    @property
+    def holds(self) -> bool:
+        """`derivative_holds`, and every row within `max_remainder` at full size."""
+        return self.derivative_holds and not any(self._too_large())
+
+    @property
+    def reason(self) -> str:
+        """Why `holds` is what it is, in one sentence."""
+        return answer.reason(self)
+
+    @property
+    def headline(self) -> str:
+        """The answer in words: what steering recovers, and how far first order goes."""
+        return answer.headline(self)
+
+    def failing(self) -> tuple[Row, ...]:
+        """The rows because of which `holds` is false."""
+        wrong = {id(row) for row in self.rows if row.order.verdict not in _PASSING}
+        wrong |= {id(row) for row in self._too_large()}
+        return tuple(row for row in self.rows if id(row) in wrong)
+
+    def judged_remainder(self, row: Row) -> float | None:
+        """The relative remainder that `max_remainder` is compared with.
+
+        The base's, unless the check ran with `at="midpoint"`.
+        """
+        if self.subject.at == "midpoint":
+            return row.remainder_midpoint
+        return row.remainder
+
+    def assert_holds(self) -> None:
+        """Raise unless `holds`.
+
+        Raises:
+            NotEquivalentError: One line per failing layer and site, with its radius.
+        """
+        if not self.holds:
+            raise NotEquivalentError(answer.failure(self))
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """The rows as a data frame, nested fields flattened (`order_verdict`, …)."""
+        from equiv.report.frame import to_frame
+
+        return to_frame(self)
+
+    def to_dict(self) -> dict[str, object]:
+        """The whole report as plain dictionaries, lists, strings and numbers."""
+        return {**dataclasses.asdict(self), "answer": self.headline}
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report; the file is whole or absent."""
+        from equiv.report.files import write_json
+
+        write_json(self, Path(path))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Report":
+        """Read a report back, equal to the one written.
+
+        Raises:
+            FileFormatError: If the file is not a report of a known format.
+        """
+        from equiv.report.files import read_json
+
+        return read_json(Path(path))
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained page; the file is whole or absent."""
+        from equiv.report.html import write_html
+
+        write_html(self, Path(path))
+
+    def plot(self) -> "Figure":
+        """The ladder: what each way of steering recovers, one line per site."""
+        from equiv.report.plot import ladder
+
+        return ladder(self)
+
+    def __str__(self) -> str:
+        from equiv.report.text import to_text
+
+        return to_text(self)
+
+    def _too_large(self) -> Iterator[Row]:
+        limit = self.subject.max_remainder
+        if limit is None:
+            return
+        for row in self.rows:
+            remainder = self.judged_remainder(row)
+            if remainder is not None and remainder > limit:
+                yield row

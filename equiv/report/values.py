@@ -1,0 +1,195 @@
+"""The result of a check as plain values: floats, strings and tuples, no tensors.
+
+Every figure that a rendering shows stands here first. `None` means "not measured" or
+"not applicable"; the neighbouring `verdict`, `reason` or `note` says which and why.
+Relative remainders, misfits and shares are fractions, not percent. KL is in nats per
+unmasked token. Norms are Frobenius norms over unmasked tokens.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """Outcome of a measurement; the row's `reason` says why."""
+
+    HOLDS = "holds"
+    EXACT = "exact"
+    FAILS = "fails"
+    INCONCLUSIVE = "inconclusive"
+    NOT_APPLICABLE = "not applicable"
+
+
+class Scope(StrEnum):
+    """Whose update a shift answers to."""
+
+    PROPAGATED = "propagated"  # the whole update, through the whole network below
+    LOCAL = "local"  # this block's update alone, its input held at the base
+
+
+@dataclass(frozen=True)
+class TaylorPoint:
+    """Remainders of the two first-order shifts at one scale of the update.
+
+    Both are absolute norms: ‖f(t) − f(0) − t f′(0)‖ and ‖f(t) − f(0) − t f′(t/2)‖;
+    `shift` is ‖f(t) − f(0)‖.
+    """
+
+    scale: float
+    shift: float
+    remainder: float
+    remainder_midpoint: float | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """How fast a remainder shrinks when the update is halved, and the verdict."""
+
+    verdict: Verdict
+    reason: str
+    order: float | None = None
+    window: tuple[float, float] | None = None  # finest and coarsest scale used
+
+
+@dataclass(frozen=True)
+class Radius:
+    """Largest update scale with a relative remainder within the tolerance.
+
+    `at_least` is true when the largest scale probed was still within it; `predicted`
+    comes from the next term of the Taylor series instead of from probing.
+    """
+
+    value: float
+    at_least: bool
+    predicted: float | None
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """First-order equivalence at one (layer, site, scope).
+
+    `remainder` is the relative remainder at full size (t = 1) of the derivative at
+    the base, `remainder_midpoint` of the derivative at W + ΔW/2.
+    """
+
+    layer: int
+    site: str
+    scope: Scope
+    tokens: int
+    dtype: str
+    derivative: str
+    norm_base: float
+    norm_exact: float
+    norm_first_order: float | None
+    remainder: float | None
+    remainder_midpoint: float | None
+    cosine: float | None
+    cosine_midpoint: float | None
+    order: Order
+    order_midpoint: Order | None
+    radius: Radius | None
+    radius_midpoint: Radius | None
+    taylor: tuple[TaylorPoint, ...] = ()
+    taylor_floor: float | None = None
+    taylor_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The four ratios that texts call "coverage", per layer, each under its own name."""
+
+    layer: int
+    scope: Scope
+    shift_mlp_over_block: float | None  # ‖δMLP‖ / ‖δblock‖
+    shift_mlp_share: float | None  # ‖δMLP‖ / (‖δMLP‖ + ‖δskip‖)
+    activation_mlp_share: float | None  # ‖MLP‖ / (‖MLP‖ + ‖Attn‖)
+    activation_mlp_over_block: float | None  # ‖MLP‖ / ‖block‖
+
+
+@dataclass(frozen=True)
+class FitRow:
+    """How well one form of steering, fitted in closed form, matches the shift.
+
+    Misfits are shares of the target's squared norm left over: 0 is perfect, 1 is no
+    better than no steering; above 1 on held-out sequences it is worse than none.
+    """
+
+    layer: int
+    site: str
+    form: str
+    rank: int | None  # None for a vector
+    target: str
+    num_parameters: int
+    ridge: float
+    misfit: float | None
+    misfit_held_out: float | None
+    tokens_per_dimension: float
+    verdict: str  # "measured", "too few tokens", "inconclusive", "not applicable"
+    reason: str
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What one way of steering costs in the model's output, against the tuned model.
+
+    `measure` is "kl" (logits: nats per token) or "output" (no logits: squared relative
+    difference of the final output); `distance` is that figure, and `recovered` is
+    1 − distance / distance of the unsteered model, with its bootstrap interval.
+    """
+
+    site: str  # "" for the unsteered model
+    rung: str  # "unsteered", "vector", "affine r8", "first-order oracle", …
+    layers: str  # "all" or the index of a single layer
+    target: str
+    measure: str
+    distance: float
+    recovered: float | None
+    recovered_low: float | None
+    recovered_high: float | None
+    distance_p999: float | None
+    distance_max: float | None
+    same_top: float | None
+    loss: float | None
+    output_difference: float | None
+    output_cosine: float | None
+    strength: float | None
+    num_parameters: int | None
+    parameter_share: float | None
+    sequences: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Superposition:
+    """Σ over stages of local first-order shifts carried to the output, against JVP."""
+
+    verdict: Verdict
+    reason: str
+    relative_difference: float | None
+    stages: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was measured: the model, the update, the inputs and the settings."""
+
+    model: str
+    num_parameters: int
+    num_layers: int
+    d_model: int | None
+    update: str
+    update_norm: float
+    update_relative_norm: float
+    update_names: int
+    inputs: str  # "random", "samples", "texts", "given"
+    sequences: int
+    tokens: int
+    held_out_sequences: int
+    seed: int
+    at: str
+    target: str
+    rank: int
+    max_remainder: float | None
+    tolerance: float
+    versions: tuple[tuple[str, str], ...]

@@ -1,0 +1,1 @@
+"""What ΔW does to activations: propagated streams, Taylor test, radius, measures."""

@@ -1,0 +1,1 @@
+"""What ΔW is: named parameter differences, dense or in low-rank factors."""

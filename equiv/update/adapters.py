@@ -1,0 +1,188 @@
+"""Updates from PEFT adapters: plain LoRA in factors, anything else merged minus base."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equiv.errors import FileFormatError, UpdateError
+from equiv.update.low_rank import Delta, LowRank
+from equiv.update.update import Update
+
+
+def from_model(adapted: nn.Module) -> Update:
+    """The update of a `PeftModel`'s active adapters.
+
+    Raises:
+        UpdateError: If the adapter is merged or cannot be merged.
+    """
+    for module in adapted.modules():
+        if getattr(module, "merged", False):
+            raise UpdateError(
+                "The adapter is merged into its base. Call `unmerge_adapter()` first, "
+                "or pass the base and the merged model."
+            )
+    base = base_of(adapted)
+    if _all_plain_lora(adapted):
+        deltas = _lora_factors(base)
+        if deltas:
+            return Update.from_dict(deltas, source="LoRA")
+    merged = copy.deepcopy(adapted).merge_and_unload()  # pyright: ignore
+    before = {_clean(n): p for n, p in base.named_parameters() if _is_own(n)}
+    after = dict(merged.named_parameters())
+    kind = next(iter(adapted.peft_config.values())).peft_type  # pyright: ignore
+    return Update.from_state_dicts(before, after, source=f"{kind} adapter")
+
+
+def base_of(adapted: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`."""
+    return adapted.get_base_model()  # pyright: ignore
+
+
+def is_peft(model: object) -> bool:
+    """Whether this is a `PeftModel`, without importing PEFT."""
+    return isinstance(model, nn.Module) and any(
+        c.__name__ == "PeftModel" and c.__module__.startswith("peft.")
+        for c in type(model).__mro__
+    )
+
+
+def from_directory(path: str | Path) -> Update:
+    """The update of a plain LoRA adapter on disk, without its base.
+
+    Raises:
+        FileFormatError: If the directory holds no adapter in safetensors.
+        UpdateError: If it is of another kind than plain LoRA.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    if not is_plain_lora(config):
+        raise UpdateError(
+            f"{folder} is a {config.get('peft_type')} adapter with parts that only PEFT "
+            "can merge. Load it with `PeftModel.from_pretrained(model, ...)` and pass "
+            "that."
+        )
+    weights = read_safetensors(folder / "adapter_model.safetensors")
+    deltas: dict[str, Delta] = {}
+    for name, down in weights.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        up = weights[name.replace(".lora_A.", ".lora_B.")]
+        scaling = _scaling(config, module)
+        deltas[f"{module}.weight"] = _factors(
+            down, up, scaling, bool(config.get("fan_in_fan_out"))
+        )
+    return Update.from_dict(deltas, source=f"LoRA {folder.name}")
+
+
+def is_plain_lora(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter configuration is LoRA with nothing beside the factors."""
+    extras = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
+    return (
+        config.get("peft_type") == "LORA"
+        and config.get("bias", "none") == "none"
+        and not any(config.get(extra) for extra in extras)
+    )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one safetensors file.
+
+    Raises:
+        FileFormatError: If the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileFormatError(
+            f"Expected {path}, which does not exist. Only safetensors are read: loading "
+            "a file must never run code."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileFormatError(f"Expected an adapter: {path} does not exist.") from None
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"{path} is not JSON: {error}.") from None
+
+
+def _scaling(config: Mapping[str, Any], module: str) -> float:
+    rank = _pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """PEFT's rule: the first pattern that the module's name ends with."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf".*\.{key}$", module) or re.fullmatch(key, module):
+            return value
+    return default
+
+
+def _factors(down: Tensor, up: Tensor, scaling: float, transposed: bool) -> LowRank:
+    left, right = up.double() * scaling, down.double()
+    return LowRank(right.T, left.T) if transposed else LowRank(left, right)
+
+
+def _all_plain_lora(adapted: nn.Module) -> bool:
+    configs = adapted.peft_config  # pyright: ignore
+    active = adapted.active_adapters  # pyright: ignore
+    return all(is_plain_lora(_as_dict(configs[name])) for name in active)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    entries = config.to_dict()
+    return {**entries, "peft_type": str(getattr(config.peft_type, "value", config.peft_type))}
+
+
+def _lora_factors(base: nn.Module) -> dict[str, Delta]:
+    """Factors of every LoRA layer, active adapters side by side."""
+    deltas: dict[str, Delta] = {}
+    for name, module in base.named_modules():
+        if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
+            continue
+        inner = module.base_layer
+        if not isinstance(inner, nn.Linear) and type(inner).__name__ != "Conv1D":
+            return {}  # embeddings, convolutions: leave it to PEFT's own merge
+        transposed = bool(getattr(module, "fan_in_fan_out", False))
+        parts = [
+            _factors(
+                module.lora_A[key].weight.detach(),
+                module.lora_B[key].weight.detach(),
+                float(module.scaling[key]),
+                transposed,
+            )
+            for key in module.active_adapters
+            if key in module.lora_A
+        ]
+        if parts:
+            left = torch.cat([part.left for part in parts], dim=1)
+            right = torch.cat([part.right for part in parts], dim=0)
+            deltas[f"{_clean(name)}.weight"] = LowRank(left, right)
+    return deltas
+
+
+def _is_own(name: str) -> bool:
+    """Whether a parameter belongs to the base and not to an adapter."""
+    return not re.search(r"\.(lora_|modules_to_save|ia3_|hada_|lokr_|oft_|vera_)", name)
+
+
+def _clean(name: str) -> str:
+    return name.replace(".base_layer", "").replace(".original_module", "")

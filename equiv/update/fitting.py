@@ -1,0 +1,84 @@
+"""Does an update fit a model? Names, shapes, devices and ties, checked at the door."""
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from equiv.errors import UpdateError, UpdateMismatchError
+from equiv.update.low_rank import Delta, LowRank
+from equiv.update.update import Update
+
+
+def fitted(update: Update, model: nn.Module) -> Update:
+    """The update under the model's own parameter names, each tied weight once.
+
+    Names of the model before PEFT wrapped its layers are understood.
+
+    Raises:
+        UpdateMismatchError: Unknown name, buffer, other shape or device.
+        UpdateError: Tied weights with two different differences.
+    """
+    own = dict(model.named_parameters())
+    aliases = _aliases(model, own)
+    deltas: dict[str, Delta] = {}
+    for name, delta in update.deltas.items():
+        canonical = aliases.get(name)
+        if canonical is None:
+            raise UpdateMismatchError(_unknown(name, model, aliases))
+        _check_shape(name, delta, own[canonical])
+        if canonical in deltas and not _same(deltas[canonical], delta):
+            raise UpdateError(
+                f"`{name}` and `{canonical}` are one tied weight, but the update gives "
+                "them two different values. Give one of them."
+            )
+        deltas[canonical] = delta
+    return Update(deltas, {}, update.source)
+
+
+def _aliases(model: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Every name a parameter goes by → the name in `named_parameters()`."""
+    canonical = {id(parameter): name for name, parameter in own.items()}
+    found = {
+        name: canonical[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for name, first in list(found.items()):
+        for inner in (".base_layer.", ".original_module."):
+            if inner in name:
+                found.setdefault(name.replace(inner, "."), first)
+    return found
+
+
+def _unknown(name: str, model: nn.Module, known: Iterable[str]) -> str:
+    if name in dict(model.named_buffers()):
+        return (
+            f"`{name}` is a buffer of the model, not a parameter. Expected differences "
+            "of parameters only: a buffer has no derivative here."
+        )
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f" Did you mean `{close[0]}`?" if close else ""
+    return (
+        f"The update has `{name}`, which {type(model).__name__} does not have.{hint} "
+        "Expected names from `model.named_parameters()`."
+    )
+
+
+def _check_shape(name: str, delta: Delta, parameter: Tensor) -> None:
+    if tuple(delta.shape) != tuple(parameter.shape):
+        raise UpdateMismatchError(
+            f"The update has `{name}` of shape {tuple(delta.shape)}; the model expects "
+            f"{tuple(parameter.shape)}."
+        )
+    device = delta.left.device if isinstance(delta, LowRank) else delta.device
+    if device.type != parameter.device.type:
+        raise UpdateMismatchError(
+            f"The update has `{name}` on {device}, the model on {parameter.device}. "
+            "Move one of them with `.to(device)`."
+        )
+
+
+def _same(first: Delta, second: Delta) -> bool:
+    a, b = (d.dense() if isinstance(d, LowRank) else d.double() for d in (first, second))
+    return torch.equal(a, b)

@@ -1,0 +1,86 @@
+"""Whatever a caller has that stands for an update → an `Update` that fits the model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from equiv.errors import FileFormatError, UpdateError
+from equiv.update.adapters import base_of, from_directory, from_model, is_peft, read_safetensors
+from equiv.update.fitting import fitted
+from equiv.update.update import Update
+
+
+def resolve(model: nn.Module, delta_w: object) -> Update:
+    """An update that fits `model`.
+
+    Args:
+        model: The base.
+        delta_w: A mapping of parameter name → difference, an `Update`, a tuned model
+            of the same architecture, a `PeftModel` (also one that wraps `model`
+            itself), or a path or hub id of a tuned model, adapter or safetensors file
+            of differences.
+
+    Raises:
+        UpdateError: If it is of no such kind, or empty.
+        UpdateMismatchError: If it does not fit the model.
+        FileFormatError: If a path holds none of these.
+    """
+    if isinstance(delta_w, (str, Path)):
+        delta_w = _load(model, str(delta_w))
+    if isinstance(delta_w, Update):
+        update = delta_w
+    elif is_peft(delta_w):
+        assert isinstance(delta_w, nn.Module)
+        update = _from_peft_model(model, delta_w)
+    elif isinstance(delta_w, nn.Module):
+        update = Update.between(model, delta_w)
+    elif isinstance(delta_w, Mapping):
+        update = Update.from_dict(delta_w)
+    else:
+        raise UpdateError(
+            "Expected `delta_w` to be a mapping, an `equiv.Update`, a tuned model, a "
+            f"`PeftModel` or a path, got {type(delta_w).__name__}."
+        )
+    return fitted(update, model)
+
+
+def _from_peft_model(model: nn.Module, adapted: nn.Module) -> Update:
+    """Adapter over this very model, or over a copy of it: same update either way."""
+    update = from_model(adapted)
+    inner = base_of(adapted)
+    if inner is model:
+        return update
+    mine, theirs = type(model).__name__, type(inner).__name__
+    if mine != theirs:
+        raise UpdateError(f"The adapter belongs to a {theirs}, the model is a {mine}.")
+    return update
+
+
+def _load(model: nn.Module, name: str) -> Any:
+    path = Path(name)
+    if path.is_file():
+        return Update.from_dict(read_safetensors(path), source=path.name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            return from_directory(path)
+        if (path / "config.json").is_file():
+            return _load_model(model, name)
+        raise FileFormatError(
+            f"Expected a model or adapter in {path}: found neither config.json nor "
+            "adapter_config.json."
+        )
+    if path.suffix or name.startswith((".", "/")):
+        raise FileFormatError(f"{path} does not exist.")
+    return _load_model(model, name)
+
+
+def _load_model(model: nn.Module, name: str) -> nn.Module:
+    loader = getattr(type(model), "from_pretrained", None)
+    if loader is None:
+        raise UpdateError(
+            f"{type(model).__name__} cannot load {name!r}: only Hugging Face models can "
+            "be read from a path or hub id. Pass the tuned model itself."
+        )
+    return loader(name, dtype="auto", use_safetensors=True)
