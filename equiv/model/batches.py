@@ -90,9 +90,7 @@ def from_inputs(model: nn.Module, inputs: object, tokenizer: Any = None) -> list
         InputsError: If the inputs are of no such kind, cannot be fed to the model, or
             leave no token to measure.
     """
-    batches = [
-        _checked(model, batch) for batch in _batches(model, inputs, tokenizer)
-    ]
+    batches = [_checked(model, batch) for batch in _batches(model, inputs, tokenizer)]
     if not batches:
         raise InputsError("Expected at least one batch of inputs, got none.")
     if not any(batch.tokens for batch in batches):
@@ -144,7 +142,9 @@ def _from_texts(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> list[
         )
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     rows = [
-        torch.tensor(tokenizer(text, truncation=limit is not None, max_length=limit).input_ids)
+        torch.tensor(
+            tokenizer(text, truncation=limit is not None, max_length=limit).input_ids
+        )
         for text in texts
     ]
     rows = sorted((row for row in rows if len(row)), key=len)

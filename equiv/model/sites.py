@@ -25,6 +25,7 @@ from torch import Tensor, nn
 SITES = ("attn_out", "mlp_in", "mlp_out", "block_out")
 LOGITS = "logits"
 OUTPUT = "output"
+EMBED = "embed"  # the first block's input; part of the engine, not a site to steer
 
 SiteKey = tuple[int, str]
 
@@ -43,7 +44,9 @@ def first_tensor(output: object) -> Tensor:
         return output
     if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise TypeError(f"expected a tensor or a tuple that starts with one, got {output!r}")
+    raise TypeError(
+        f"expected a tensor or a tuple that starts with one, got {output!r}"
+    )
 
 
 def with_first(output: object, tensor: Tensor) -> object:

@@ -26,6 +26,7 @@ from equiv.model.batches import POSITIONAL, Batch
 from equiv.model.families import Blocks, find_blocks
 from equiv.model.precision import arithmetic
 from equiv.model.sites import (
+    EMBED,
     LOGITS,
     OUTPUT,
     SITES,
@@ -38,6 +39,7 @@ from equiv.model.sites import (
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 Steer = Mapping[str, Callable[[Tensor], Tensor]]
 Sites = dict[str, Tensor]
+Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # block → how it is called
 
 
 class _ReachedBlocks(Exception):
@@ -62,13 +64,15 @@ class Stage:
         name: "embed", "block", "head" or "module".
         layer: Index of the block; the number of blocks for the head.
         names: Full names of its parameters and buffers.
-        sites: Sites whose activations it returns.
+        sites: Sites inside it whose activations it returns.
+        output: The name its output goes by among the activations.
     """
 
     name: str
     layer: int
     names: tuple[str, ...]
     sites: tuple[str, ...]
+    output: str
 
 
 @dataclass
@@ -95,8 +99,9 @@ class StagedModel:
         self.parameters = dict(model.named_parameters())
         # Tied names are one tensor here; `functional_call` ties them again.
         self.tensors_of_model = {**self.parameters, **dict(model.named_buffers())}
-        self.calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self.calls: list[Calls] = []
         self.stages: list[Stage] = []
+        self.output_site = OUTPUT  # or LOGITS, once cut
         self._active = _Active()
         self._modules = dict(model.named_modules())
         self._owner: dict[nn.Module, str] = {}
@@ -107,9 +112,9 @@ class StagedModel:
         return len(self.blocks.modules) if self.blocks else 1
 
     @property
-    def output_site(self) -> str:
-        """What the model's output is called: `logits` or `output`."""
-        return self._output_site
+    def layers(self) -> range:
+        """Indices of the blocks."""
+        return range(self.num_layers)
 
     def tensors(self, stage: Stage) -> dict[str, Tensor]:
         """The stage's parameters and buffers in the compute dtype, by full name."""
@@ -149,28 +154,12 @@ class StagedModel:
             assert hidden is not None
             output = self._run_head(tensors, hidden, batch)
         else:
-            output = self._run_whole(tensors, batch)
+            output = _model_output(self._forward(tensors, batch))
         unused = set(self._active.low) - self._active.applied
         if unused:
             raise UnusedFactorsError(unused)
-        seen = {site: self._active.seen[site] for site in stage.sites if site in self._active.seen}
-        if stage.name in ("head", "module"):
-            seen[self.output_site] = output
-        return output, seen
-
-    def run_plain(self, steer: Mapping[int, Steer], batch: int) -> Tensor:
-        """The base model's output with steering, stage by stage."""
-        hidden: Tensor | None = None
-        for stage in self.stages:
-            hidden, _ = self.run(
-                stage,
-                self.tensors(stage),
-                hidden,
-                batch,
-                steer=steer.get(stage.layer, {}) if stage.name != "head" else {},
-            )
-        assert hidden is not None
-        return hidden
+        seen = {site: self._active.seen[site] for site in stage.sites}
+        return output, {**seen, stage.output: output} if stage.name != "block" else seen
 
     def _run_block(
         self,
@@ -186,10 +175,15 @@ class StagedModel:
         block = self.blocks.modules[stage.layer]
         return first_tensor(functional_call(block, own, (hidden, *args), kwargs))
 
-    def _run_embed(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
-        with self._stubs(record=None, enter=None):
+    def _run_embed(
+        self,
+        tensors: Mapping[str, Tensor],
+        batch: int,
+        record: Calls | None = None,
+    ) -> Tensor:
+        with self._stubs(record, enter=None):
             try:
-                self._call(tensors, batch)
+                self._forward(tensors, batch)
             except _ReachedBlocks as reached:
                 return reached.hidden
         raise UnsupportedModelError(
@@ -199,23 +193,16 @@ class StagedModel:
     def _run_head(
         self, tensors: Mapping[str, Tensor], hidden: Tensor, batch: int
     ) -> Tensor:
-        with self._stubs(record=None, enter=hidden):
-            return self._call(tensors, batch)
+        with self._stubs(None, enter=hidden):
+            return _model_output(self._forward(tensors, batch))
 
-    def _run_whole(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
-        return self._call(tensors, batch)
-
-    def _call(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
+    def _forward(self, tensors: Mapping[str, Tensor], batch: int) -> object:
         arguments = {
             name: self._cast(value) if isinstance(value, Tensor) else value
             for name, value in self.batches[batch].arguments.items()
         }
-        if POSITIONAL in arguments:
-            args, kwargs = (arguments[POSITIONAL],), {}
-        else:
-            args, kwargs = (), arguments
-        output = functional_call(self.model, dict(tensors), args, kwargs)
-        return _model_output(output)
+        args = (arguments.pop(POSITIONAL),) if POSITIONAL in arguments else ()
+        return functional_call(self.model, dict(tensors), args, arguments)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
@@ -223,7 +210,7 @@ class StagedModel:
     @contextmanager
     def _stubs(
         self,
-        record: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] | None,
+        record: Calls | None,
         enter: Tensor | None,
     ) -> Iterator[None]:
         """Blocks that hand the hidden state on.
@@ -252,45 +239,37 @@ class StagedModel:
             yield
 
     def cut(self, sites: Sequence[str] | None) -> None:
-        """Run every batch once, record the blocks' calls and make the stages."""
+        """Make the stages; run the embedding of every batch to see the blocks' calls.
+
+        Raises:
+            SiteError: If a site does not exist.
+        """
         if self.blocks is None:
             self._cut_module(sites)
             return
-        names = sites or SITES
-        inside = tuple(
-            tuple(n for n in self.tensors_of_model if n.startswith(f"{self.blocks.path}.{i}."))
-            for i in range(self.num_layers)
-        )
-        blocks = {name for group in inside for name in group}
+        if unknown := [site for site in sites or () if site not in SITES]:
+            raise SiteError(f"Expected sites in {', '.join(SITES)}, got {unknown}.")
+        inside = [self._names_under(f"{self.blocks.path}.{i}.") for i in self.layers]
+        blocks = {name for names in inside for name in names}
         outside = tuple(n for n in self.tensors_of_model if n not in blocks)
-        self.stages = [
-            Stage("embed", -1, outside, ()),
-            *(Stage("block", i, inside[i], tuple(names)) for i in range(self.num_layers)),
-            Stage("head", self.num_layers, outside, ()),
-        ]
-        embed = self.tensors(self.stages[0])
+        embed = Stage("embed", -1, outside, (), EMBED)
+        tensors = self.tensors(embed)
         for batch in range(len(self.batches)):
-            record: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-            with self._stubs(record, None):
-                try:
-                    self._call(embed, batch)
-                except _ReachedBlocks as reached:
-                    hidden = reached.hidden
-            self.calls.append(record)
-            if batch == 0:
-                with self._stubs(None, hidden):
-                    self._output_site = self._output_name(embed)
+            self.calls.append({})
+            hidden = self._run_embed(tensors, batch, record=self.calls[batch])
+        with self._stubs(None, hidden):
+            output = self._forward(tensors, len(self.batches) - 1)
+        self.output_site = LOGITS if hasattr(output, LOGITS) else OUTPUT
+        self.stages = [
+            embed,
+            *(Stage("block", i, inside[i], SITES, "block_out") for i in self.layers),
+            Stage("head", self.num_layers, outside, (), self.output_site),
+        ]
 
-    def _output_name(self, tensors: Mapping[str, Tensor]) -> str:
-        arguments = dict(self.batches[0].arguments)
-        arguments = {
-            k: self._cast(v) if isinstance(v, Tensor) else v for k, v in arguments.items()
-        }
-        output = functional_call(self.model, dict(tensors), (), arguments)
-        return LOGITS if hasattr(output, "logits") else OUTPUT
+    def _names_under(self, prefix: str) -> tuple[str, ...]:
+        return tuple(name for name in self.tensors_of_model if name.startswith(prefix))
 
     def _cut_module(self, sites: Sequence[str] | None) -> None:
-        self._output_site = OUTPUT
         names = tuple(self.tensors_of_model)
         found = self._module_sites()
         if sites is None:
@@ -303,7 +282,7 @@ class StagedModel:
                     f"return one tensor, called once), got {unknown}."
                 )
             chosen = tuple(sites)
-        self.stages = [Stage("module", 0, names, chosen)]
+        self.stages = [Stage("module", 0, names, chosen, OUTPUT)]
 
     def _module_sites(self) -> list[str]:
         """Named submodules that are called once and return one floating tensor."""
@@ -312,12 +291,14 @@ class StagedModel:
             for name, module in self._modules.items():
                 if name:
 
-                    def hook(_m: nn.Module, _a: Any, out: object, name: str = name) -> None:
+                    def hook(
+                        _m: nn.Module, _a: Any, out: object, name: str = name
+                    ) -> None:
                         calls.setdefault(name, []).append(out)
 
                     stack.callback(module.register_forward_hook(hook).remove)
             tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
-            output = self._call(tensors, 0)
+            output = _model_output(self._forward(tensors, 0))
         once = {n: outs[0] for n, outs in calls.items() if len(outs) == 1}
         seen = {id(output)}
         kept = []
@@ -369,7 +350,9 @@ class StagedModel:
         return place.module.register_forward_pre_hook(before, with_kwargs=True)
 
     def _low_rank_hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        def hook(
+            module: nn.Module, args: tuple[Tensor, ...], out: Tensor
+        ) -> Tensor | None:
             factors = self._active.low.get(name)
             if factors is None:
                 return None

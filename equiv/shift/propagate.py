@@ -18,11 +18,12 @@ Below the first stage that the update touches nothing moves: such stages run onc
 Low-rank updates enter as W x + s · left (right x) and are never made dense.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp
 
 from equiv.model.stages import (
@@ -83,13 +84,20 @@ class _Stream:
     moved: bool = False
 
 
-def low_rank_names(cut: StagedModel | None, update: Update, modules: Mapping) -> list[str]:
-    """Names of the update's entries that can be applied beside their weights."""
+def low_rank_names(model: nn.Module, update: Update) -> list[str]:
+    """Names of the update's entries that can be applied beside their weights.
+
+    A tied weight is used by more than one module; its update has to be dense.
+    """
+    modules = dict(model.named_modules())
+    own = dict(model.named_parameters())
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [
         name
         for name, delta in update.deltas.items()
         if isinstance(delta, LowRank)
         and name.endswith(".weight")
+        and uses[id(own[name])] == 1
         and takes_factors(modules[name.rpartition(".")[0]])
     ]
 
@@ -98,7 +106,9 @@ class _StageUpdate:
     """The update of one stage in the compute dtype: dense part and factors."""
 
     def __init__(self, cut: StagedModel, stage: Stage, update: Update, low: set[str]):
-        own = {name: update.deltas[name] for name in stage.names if name in update.deltas}
+        own = {
+            name: update.deltas[name] for name in stage.names if name in update.deltas
+        }
         self.dense: dict[str, Tensor] = {}
         self.low: dict[str, tuple[Tensor, Tensor]] = {}
         for name, delta in own.items():
@@ -119,7 +129,6 @@ def propagate(
     *,
     low: Sequence[str] = (),
     local: bool = False,
-    held_out_only: bool = False,
 ) -> Iterator[tuple[Stage, dict[str, Tensor], Iterator[Trace]]]:
     """Stream (stage, its tensors, one `Trace` per batch) from bottom to top.
 
@@ -133,7 +142,9 @@ def propagate(
     The traces of a stage must be used up before the next stage is asked for.
     """
     streams = [_Stream() for _ in cut.batches]
-    wanted = tuple(points) if any(p.scale == 0 for p in points) else (Point(0.0), *points)
+    wanted = (
+        tuple(points) if any(p.scale == 0 for p in points) else (Point(0.0), *points)
+    )
     allowed = set(low)
     for stage in cut.stages:
         tensors = cut.tensors(stage)
@@ -192,7 +203,9 @@ class _Pass:
                 out, values[s] = self._forward(batch, s, h)
             hidden[s] = out
             if self.local:
-                self._local(batch, stream, point, local_values, local_tangents, values, tangents)
+                self._local(
+                    batch, stream, point, local_values, local_tangents, values, tangents
+                )
         trace = Trace(
             self.stage,
             batch,
@@ -231,7 +244,9 @@ class _Pass:
             if point.tangent:
                 local_tangents[s] = tangents[s]
         elif point.tangent:
-            _, local_values[s], _, local_tangents[s] = self._jvp(batch, s, stream.base, None)
+            _, local_values[s], _, local_tangents[s] = self._jvp(
+                batch, s, stream.base, None
+            )
         else:
             _, local_values[s] = self._forward(batch, s, stream.base)
 
@@ -274,6 +289,10 @@ class _Pass:
         device = next(iter(self.tensors.values())).device
         t = torch.tensor(s, dtype=self.cut.dtype, device=device)
         primals = (t, self._at(s), {"h": h} if moving_h else {})
-        directions = (torch.ones_like(t), self.delta.dense, {"h": dh} if moving_h else {})
+        directions = (
+            torch.ones_like(t),
+            self.delta.dense,
+            {"h": dh} if moving_h else {},
+        )
         (out, sites), (dout, dsites) = jvp(stage_at, primals, directions)
         return out, sites, dout, dsites

@@ -84,7 +84,12 @@ def from_directory(path: str | Path) -> Update:
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
     """Whether an adapter configuration is LoRA with nothing beside the factors."""
-    extras = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
+    extras = (
+        "use_dora",
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+    )
     return (
         config.get("peft_type") == "LORA"
         and config.get("bias", "none") == "none"
@@ -109,7 +114,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise FileFormatError(f"{path} is not a whole safetensors file: {error}") from None
+        raise FileFormatError(
+            f"{path} is not a whole safetensors file: {error}"
+        ) from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -128,7 +135,9 @@ def _scaling(config: Mapping[str, Any], module: str) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _pattern(
+    patterns: Mapping[str, float] | None, module: str, default: float
+) -> float:
     """PEFT's rule: the first pattern that the module's name ends with."""
     for key, value in (patterns or {}).items():
         if re.match(rf".*\.{key}$", module) or re.fullmatch(key, module):
@@ -149,7 +158,10 @@ def _all_plain_lora(adapted: nn.Module) -> bool:
 
 def _as_dict(config: Any) -> dict[str, Any]:
     entries = config.to_dict()
-    return {**entries, "peft_type": str(getattr(config.peft_type, "value", config.peft_type))}
+    return {
+        **entries,
+        "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
+    }
 
 
 def _lora_factors(base: nn.Module) -> dict[str, Delta]:

@@ -80,5 +80,7 @@ def _check_shape(name: str, delta: Delta, parameter: Tensor) -> None:
 
 
 def _same(first: Delta, second: Delta) -> bool:
-    a, b = (d.dense() if isinstance(d, LowRank) else d.double() for d in (first, second))
+    a, b = (
+        d.dense() if isinstance(d, LowRank) else d.double() for d in (first, second)
+    )
     return torch.equal(a, b)

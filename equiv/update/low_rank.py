@@ -33,7 +33,7 @@ class LowRank:
         return self.left.double() @ self.right.double()
 
     def scaled(self, t: float) -> "LowRank":
-        """t times the difference."""
+        """T times the difference."""
         return LowRank(self.left.double() * t, self.right)
 
     def norm(self) -> Tensor:

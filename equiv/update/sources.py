@@ -7,7 +7,13 @@ from typing import Any
 from torch import nn
 
 from equiv.errors import FileFormatError, UpdateError
-from equiv.update.adapters import base_of, from_directory, from_model, is_peft, read_safetensors
+from equiv.update.adapters import (
+    base_of,
+    from_directory,
+    from_model,
+    is_peft,
+    read_safetensors,
+)
 from equiv.update.fitting import fitted
 from equiv.update.update import Update
 

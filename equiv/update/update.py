@@ -36,7 +36,9 @@ class Update:
     source: str = "update"
 
     @classmethod
-    def from_dict(cls, deltas: Mapping[str, Delta], *, source: str = "update") -> "Update":
+    def from_dict(
+        cls, deltas: Mapping[str, Delta], *, source: str = "update"
+    ) -> "Update":
         """An update from parameter name → difference.
 
         Raises:
@@ -59,7 +61,7 @@ class Update:
         *,
         source: str = "fine-tune",
     ) -> "Update":
-        """tuned − base, in float64, where the two differ.
+        """Tuned − base, in float64, where the two differ.
 
         Raises:
             UpdateMismatchError: If the two have different names or shapes.
@@ -83,17 +85,21 @@ class Update:
                 )
             if not weight.is_floating_point() or torch.equal(weight, other):
                 continue
-            difference = other.detach().double() - weight.detach().double().to(other.device)
+            difference = other.detach().double() - weight.detach().double().to(
+                other.device
+            )
             deltas[name] = difference
             norms[name] = norm_of(weight.detach())
         if not deltas:
-            raise UpdateError("The update is empty: base and tuned are equal everywhere.")
+            raise UpdateError(
+                "The update is empty: base and tuned are equal everywhere."
+            )
         update = cls.from_dict(deltas, source=source)
         return cls(update.deltas, norms, source)
 
     @classmethod
     def between(cls, base: nn.Module, tuned: nn.Module) -> "Update":
-        """tuned − base for two models of one architecture.
+        """Tuned − base for two models of one architecture.
 
         Raises:
             UpdateMismatchError: If their parameters differ in name or shape.
@@ -140,13 +146,15 @@ class Update:
             size = norm_of(weight.detach())
             if size == 0:
                 continue
-            deltas[name] = (noise * (relative_norm * size / noise.norm())).to(weight.device)
+            deltas[name] = (noise * (relative_norm * size / noise.norm())).to(
+                weight.device
+            )
             norms[name] = size
         source = f"random update, relative norm {relative_norm:g}, seed {seed}"
         return cls(cls.from_dict(deltas).deltas, norms, source)
 
     def scaled(self, t: float) -> "Update":
-        """t times the update."""
+        """T times the update."""
         deltas = {
             name: delta.scaled(t) if isinstance(delta, LowRank) else delta * t
             for name, delta in self.deltas.items()
@@ -175,7 +183,9 @@ class Update:
         if names is not None:
             patterns = [names] if isinstance(names, str) else list(names)
             kept = {
-                n: d for n, d in kept.items() if any(fnmatchcase(n, p) for p in patterns)
+                n: d
+                for n, d in kept.items()
+                if any(fnmatchcase(n, p) for p in patterns)
             }
         if not kept:
             raise UpdateError(
@@ -215,9 +225,7 @@ def _layer_of(name: str) -> int | None:
 def _check_delta(name: str, delta: object) -> None:
     if not isinstance(name, str):
         raise UpdateError(f"Expected parameter names as keys, got {name!r}.")
-    parts = (
-        (delta.left, delta.right) if isinstance(delta, LowRank) else (delta,)
-    )
+    parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta,)
     for part in parts:
         if not isinstance(part, Tensor):
             raise UpdateError(
@@ -228,7 +236,9 @@ def _check_delta(name: str, delta: object) -> None:
                 f"Expected a floating dtype for `{name}`, got {part.dtype}."
             )
         if part.is_meta:
-            raise UpdateError(f"`{name}` of the update is on the meta device: no values.")
+            raise UpdateError(
+                f"`{name}` of the update is on the meta device: no values."
+            )
         if not bool(torch.isfinite(part).all()):
             count = int((~torch.isfinite(part)).sum())
             raise UpdateError(

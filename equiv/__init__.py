@@ -1,0 +1,26 @@
+"""How far can moving a model's activations stand in for updating its weights?
+
+>>> import torch, equiv
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+>>> update = equiv.Update.random(model, relative_norm=0.01, seed=0)
+>>> equiv.check(model, update).holds
+True
+"""
+
+from equiv.checking import check as check
+from equiv.errors import ArgumentError as ArgumentError
+from equiv.errors import EquivError as EquivError
+from equiv.errors import FileFormatError as FileFormatError
+from equiv.errors import ForwardModeError as ForwardModeError
+from equiv.errors import InputsError as InputsError
+from equiv.errors import MissingExtraError as MissingExtraError
+from equiv.errors import NotEquivalentError as NotEquivalentError
+from equiv.errors import SiteError as SiteError
+from equiv.errors import UnsupportedModelError as UnsupportedModelError
+from equiv.errors import UpdateError as UpdateError
+from equiv.errors import UpdateMismatchError as UpdateMismatchError
+from equiv.report.report import Report as Report
+from equiv.steering.apply import steer as steer
+from equiv.steering.fits import fit as fit
+from equiv.steering.forms import Steering as Steering
+from equiv.update.update import Update as Update

@@ -1,0 +1,1 @@
+"""What the steered model does: KL, agreement, loss, output difference."""

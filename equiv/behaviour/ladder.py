@@ -1,0 +1,205 @@
+"""The ladder: what each way of steering recovers of the update's behaviour.
+
+Rungs, per site and for all layers together: unsteered · vector · affine of rank 1, r
+and full rank, fitted sequentially · the first-order, midpoint and exact oracle, which
+set the site's activation to base + shift, per token, without any parametrisation.
+Besides, each single layer steered alone.
+
+Fits see the fitting sequences only. Each fitted rung is run on the held-out sequences
+at several strengths, 0 (no steering) among them, and the best is reported, with the
+strength: least-squares steering can be worse than none. The strength is chosen on the
+sequences that it is reported on, from a handful of values.
+
+All steered streams pass each block together with the engine's own; what is kept is one
+hidden state per stream, so memory is (streams × tokens × d) and streams are about
+5 per fitted rung.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from equiv.behaviour.distance import Distances
+from equiv.model.stages import Stage, StagedModel, Steer
+from equiv.shift.propagate import Trace
+from equiv.steering.chain import Chain, Spec, Stream, aim
+from equiv.steering.fits import Moments, Regression
+from equiv.steering.forms import Overwrite, Steering
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+ORACLES = ("first-order oracle", "midpoint oracle", "exact oracle")
+
+
+@dataclass(frozen=True)
+class Label:
+    """Names one steered model: site, rung, layers ("all" or an index), strength."""
+
+    site: str
+    rung: str
+    layers: str = "all"
+    strength: float | None = None
+
+
+@dataclass
+class _Single:
+    """One layer steered alone; joins its stream at that layer."""
+
+    layer: int
+    site: str
+    strength: float
+    stream: Stream
+
+
+@dataclass
+class Ladder:
+    """Every steered stream of one check; fed by the engine's traces.
+
+    Attributes:
+        distances: Per label, the figures against the tuned model.
+        unsteered: Those of the base model.
+        steering: Per label of a fitted rung at full strength, what was fitted.
+    """
+
+    cut: StagedModel
+    sites: Sequence[str]
+    specs: Sequence[Spec]
+    midpoint: bool
+    single: Spec | None = None  # form, rank and target of the single-layer steers
+    distances: dict[Label, Distances] = field(default_factory=dict)
+    unsteered: Distances | None = None
+    num_parameters: dict[Label, int] = field(default_factory=dict)
+    targets: dict[Label, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.chains = [Chain(self.cut, spec, STRENGTHS) for spec in self.specs]
+        held = tuple(i for i, b in enumerate(self.cut.batches) if b.held_out)
+        kinds = [k for k in ORACLES if self.midpoint or not k.startswith("mid")]
+        self.oracles = {
+            Label(site, kind): Stream(held) for site in self.sites for kind in kinds
+        }
+        self.singles: list[_Single] = []
+        self.held = held
+
+    def step(
+        self,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        traces: Sequence[Trace],
+        hidden: Mapping[int, Tensor],
+        moments: Mapping[str, Moments],
+    ) -> None:
+        """Move every stream through a block.
+
+        Args:
+            stage: The block.
+            tensors: Its base parameters.
+            traces: The engine's traces of the block, one per batch.
+            hidden: The base stream at the block's input, by batch.
+            moments: Per site, moments of (activation, what a steer there aims at) on
+                the unsteered stream, for the single-layer steers.
+        """
+        for chain in self.chains:
+            chain.step(stage, tensors, traces)
+        for label, stream in self.oracles.items():
+            for trace in traces:
+                if trace.batch not in stream.batches:
+                    continue
+                if trace.moved:
+                    target = Overwrite(_oracle(label.rung, label.site, trace))
+                    steer = {label.site: target}
+                    stream.advance(self.cut, stage, tensors, trace.batch, steer)
+                else:
+                    stream.follow(trace)
+        self._single_step(stage, tensors, traces, hidden, moments)
+
+    def _single_step(
+        self,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        traces: Sequence[Trace],
+        hidden: Mapping[int, Tensor],
+        moments: Mapping[str, Moments],
+    ) -> None:
+        for single in self.singles:
+            for batch in single.stream.batches:
+                single.stream.advance(self.cut, stage, tensors, batch, {})
+        if self.single is None or not any(trace.moved for trace in traces):
+            return
+        for site in self.sites:
+            spec = self.single
+            regression = Regression(moments[site], spec.ridge)
+            steering = regression.form(spec.form, spec.rank)
+            for strength in STRENGTHS:
+                stream = Stream(
+                    self.held, {b: hidden[b] for b in self.held if b in hidden}
+                )
+                steer: Steer = {site: steering.scaled(strength)}
+                for batch in self.held:
+                    stream.advance(self.cut, stage, tensors, batch, steer)
+                self.singles.append(_Single(stage.layer, site, strength, stream))
+            label = Label(site, spec.rung, str(stage.layer), 1.0)
+            self.num_parameters[label] = steering.num_parameters
+
+    def enter(self, batch: int, hidden: Tensor) -> None:
+        """Start every stream at the embedding's output."""
+        for chain in self.chains:
+            chain.enter(batch, hidden)
+        for stream in self.oracles.values():
+            if batch in stream.batches:
+                stream.hidden[batch] = hidden
+
+    def finish(self, stage: Stage, tensors: Mapping[str, Tensor], trace: Trace) -> None:
+        """Run the head on every stream of one held-out batch, and compare.
+
+        For a module that is one stage the streams already hold its output.
+        """
+        batch = trace.batch
+        if batch not in self.held:
+            return
+        site = self.cut.output_site
+        tuned, base = trace.values[1.0][site], trace.values[0.0][site]
+        if self.unsteered is None:
+            self.unsteered = self._distances()
+        self._add(self.unsteered, tuned, base, batch)
+        for label, stream in self._streams():
+            output = stream.hidden[batch]
+            if stage.name == "head":
+                output, _ = self.cut.run(stage, tensors, output, batch)
+            found = self.distances.setdefault(label, self._distances())
+            self._add(found, tuned, output, batch)
+
+    def _streams(self) -> list[tuple[Label, Stream]]:
+        found = list(self.oracles.items())
+        for chain in self.chains:
+            spec = chain.spec
+            for strength, stream in chain.held_out.items():
+                label = Label(spec.site, spec.rung, "all", strength)
+                self.num_parameters[label] = _count(chain.steering.values())
+                self.targets[label] = "block" if chain.aim == "block_out" else "site"
+                found.append((label, stream))
+        for one in self.singles:
+            assert self.single is not None
+            label = Label(one.site, self.single.rung, str(one.layer), one.strength)
+            aimed = aim(self.cut, one.site, self.single.target)
+            self.targets[label] = "block" if aimed == "block_out" else "site"
+            found.append((label, one.stream))
+        return found
+
+    def _distances(self) -> Distances:
+        return Distances(has_logits=self.cut.output_site == "logits")
+
+    def _add(self, found: Distances, tuned: Tensor, out: Tensor, batch: int) -> None:
+        entry = self.cut.batches[batch]
+        found.add(tuned, out, entry.mask, entry.labels)
+
+
+def _oracle(rung: str, site: str, trace: Trace) -> Tensor:
+    base = trace.values[0.0][site]
+    if rung == "exact oracle":
+        return trace.values[1.0][site]
+    return base + trace.tangents[0.5 if rung.startswith("midpoint") else 0.0][site]
+
+
+def _count(steering: Sequence[Steering] | object) -> int:
+    return sum(s.num_parameters for s in steering)  # pyright: ignore

@@ -1,0 +1,486 @@
+"""`equiv.check`: the one verb. Measures everything and returns a `Report`."""
+
+import importlib.metadata
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from equiv.behaviour.ladder import Ladder
+from equiv.errors import ArgumentError, InputsError, SiteError
+from equiv.model.batches import Batch, at_most, from_inputs, split
+from equiv.model.drawn import random_inputs, sampled
+from equiv.model.families import find_blocks
+from equiv.model.guard import check_model, measured
+from equiv.model.sites import SITES
+from equiv.model.stages import StagedModel, staged
+from equiv.report import assemble
+from equiv.report.report import Report
+from equiv.report.values import Radius, Subject, Superposition
+from equiv.shift.calculus import Curve, RowKey, Selection, curves
+from equiv.shift.propagate import (
+    BASE,
+    MIDPOINT,
+    TUNED,
+    low_rank_names,
+    propagate,
+)
+from equiv.shift.radius import TOLERANCE, Question, radii
+from equiv.shift.superposition import MAX_BLOCKS, superposition
+from equiv.shift.table import Table
+from equiv.steering.chain import TARGETS, Spec
+from equiv.steering.forms import FORMS
+from equiv.steering.table import MomentTable
+from equiv.update.low_rank import LowRank
+from equiv.update.sources import resolve
+from equiv.update.update import Update
+
+HELD_OUT = 0.25
+CALCULUS_TOKENS = 256
+# Sites of a plain module that get fits and behaviour; rows have no limit.
+MODULE_SITES = 12
+_AT = ("both", "base", "midpoint")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    sites: tuple[str, ...] | None
+    forms: tuple[str, ...]
+    rank: int
+    target: str
+    at: str
+    max_remainder: float | None
+    dtype: torch.dtype | None
+    seed: int
+
+    @property
+    def midpoint(self) -> bool:
+        return self.at != "base"
+
+    @property
+    def order_dtype(self) -> torch.dtype:
+        return self.dtype or torch.float64
+
+    @property
+    def full_dtype(self) -> torch.dtype:
+        return self.dtype or torch.float32
+
+    def specs(self, sites: Sequence[str], width: int | None) -> list[Spec]:
+        """The fitted rungs of the ladder, per site."""
+        made = []
+        for site in sites:
+            if "vector" in self.forms:
+                made.append(Spec(site, "vector", None, self.target))
+            if "affine" in self.forms:
+                ranks = sorted({1, min(self.rank, width or self.rank)})
+                for rank in (*ranks, None):
+                    made.append(Spec(site, "affine", rank, self.target))
+        return made
+
+
+def check(
+    model: nn.Module,
+    delta_w: object,
+    inputs: object = None,
+    *,
+    sites: Sequence[str] = SITES,
+    layers: Sequence[int] | None = None,
+    forms: Sequence[str] = FORMS,
+    rank: int = 8,
+    target: str = "block",
+    at: str = "both",
+    max_remainder: float | None = 0.1,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Measure how far moving activations can stand in for a weight update.
+
+    Args:
+        model: A Hugging Face model of a known family, or any module. It is left
+            exactly as it was.
+        delta_w: The update: a mapping of parameter name → difference, an
+            `equiv.Update`, a tuned model, a `PeftModel` (also one around this very
+            model), or a path or hub id of any of these.
+        inputs: `None` (drawn from the seed: good for the calculus only), `"samples"`
+            (sampled from the base and the tuned model), texts with `tokenizer`, a
+            tensor, a mapping of keyword arguments, or an iterable of those.
+        sites: Where to measure and steer; see `equiv.model.sites`. For a plain module,
+            names of submodules.
+        layers: Blocks that become rows; `None` for all.
+        forms: Forms of steering to fit: "vector", "affine".
+        rank: Rank of the affine map; ranks 1 and full are measured beside it.
+        target: "block": fits aim at the block output's shift, so that sites can be
+            compared; "site": at the site's own.
+        at: "both", "base" or "midpoint": where the derivative is taken. `holds` judges
+            the base, with "midpoint" the midpoint.
+        max_remainder: Largest relative remainder at full size for `holds`; `None` asks
+            for the order alone.
+        tokenizer: Tokenizer for texts.
+        dtype: Compute dtype; `None` means order, radius' starting points and
+            superposition in float64 on at most 256 tokens, the rest in float32 with
+            float64 sums.
+        seed: Draws inputs, the held-out quarter and the bootstrap.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: If an argument is outside its set.
+        UpdateError: If the update cannot be used.
+        InputsError: If the inputs cannot be fed to the model.
+        SiteError: If a layer or site does not exist.
+        UnsupportedModelError: If the model cannot be measured.
+
+    Example:
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator object at ...>
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> report = check(model, Update.random(model, relative_norm=0.01, seed=0))
+        >>> report.holds
+        True
+    """
+    settings = _settings(sites, forms, rank, target, at, max_remainder, dtype, seed)
+    check_model(model)
+    update = resolve(model, delta_w)
+    blocks = find_blocks(model)
+    if blocks is None and settings.sites == SITES:
+        settings = _settings(None, forms, rank, target, at, max_remainder, dtype, seed)
+    _check_layers(layers, len(blocks.modules) if blocks else 1)
+    with measured(model), _bar(progress) as tick:
+        tick("inputs")
+        kind, batches = _inputs(model, update, inputs, tokenizer, seed)
+        run = _Run(model, update, settings, batches, layers, kind)
+        tick("orders")
+        found = run.calculus()
+        tick("shifts, fits and behaviour")
+        return run.report(found)
+
+
+@dataclass
+class _Calculus:
+    curves: dict[RowKey, Curve]
+    radii: dict[Question, Radius]
+    superposition: Superposition | None
+
+
+class _Run:
+    """One check under way: the calculus on few tokens, then the full pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        update: Update,
+        settings: _Settings,
+        batches: list[Batch],
+        layers: Sequence[int] | None,
+        kind: str,
+    ) -> None:
+        self.model, self.update, self.settings = model, update, settings
+        self.kind = kind
+        self.batches = split(batches, HELD_OUT, settings.seed)
+        self.layers = layers
+        self.low = low_rank_names(model, update)
+        self.notes: list[str] = []
+
+    def _staged(self, batches: list[Batch], dtype: torch.dtype) -> Any:
+        return staged(
+            self.model,
+            batches,
+            dtype,
+            sites=self.settings.sites,
+            low_names=self.low,
+        )
+
+    def _selection(self, cut: StagedModel) -> Selection:
+        layers = cut.layers if self.layers is None else self.layers
+        sites = self.settings.sites or cut.stages[0].sites
+        return Selection(frozenset(layers), tuple(sites))
+
+    def calculus(self) -> _Calculus:
+        """Orders in float64, radii, superposition; on at most 256 tokens."""
+        few = at_most(self.batches, CALCULUS_TOKENS)
+        settings = self.settings
+        with self._staged(few, settings.order_dtype) as cut:
+            selection = self._selection(cut)
+            found = curves(
+                cut,
+                self.update,
+                low=self.low,
+                selection=selection,
+                midpoint=settings.midpoint,
+            )
+            together = None
+            if cut.blocks is not None and cut.num_layers <= MAX_BLOCKS:
+                together = superposition(cut, self.update, low=tuple(self.low))
+        if self.kind == "random":
+            return _Calculus(found, {}, together)
+        with self._staged(few, settings.full_dtype) as cut:
+            reach = radii(
+                cut,
+                self.update,
+                found,
+                low=self.low,
+                selection=selection,
+                midpoint=settings.midpoint,
+            )
+        return _Calculus(found, reach, together)
+
+    def report(self, calculus: _Calculus) -> Report:
+        """The full pass, and everything put together."""
+        settings = self.settings
+        with self._staged(self.batches, settings.full_dtype) as cut:
+            selection = self._selection(cut)
+            table = Table(selection)
+            width = _width(self.model)
+            sites = self._steered_sites(selection)
+            specs = settings.specs(sites, width)
+            moments = MomentTable(cut, sites, settings.target)
+            ladder = self._ladder(cut, specs, sites)
+            self._full_pass(cut, table, moments, ladder)
+            plain_add = bool(cut.blocks and cut.blocks.architecture.plain_add)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            return Report(
+                subject=self._subject(cut, parameters, width),
+                rows=assemble.rows(
+                    table.rows,
+                    calculus.curves,
+                    calculus.radii,
+                    midpoint=settings.midpoint,
+                    dtype=settings.full_dtype,
+                    order_dtype=settings.order_dtype,
+                ),
+                coverage=assemble.coverage(table.coverage, plain_add),
+                fits=assemble.fits(moments, specs),
+                behaviour=()
+                if ladder is None
+                else assemble.behaviour(
+                    ladder, specs, model_parameters=parameters, seed=settings.seed
+                ),
+                superposition=calculus.superposition,
+                notes=tuple(self.notes),
+            )
+
+    def _steered_sites(self, selection: Selection) -> tuple[str, ...]:
+        if self.kind == "random":
+            self.notes.append(
+                "not measured: random inputs (radius, fits and behaviour need real "
+                'ones: pass `inputs=`, for instance texts, or "samples")'
+            )
+            return ()
+        if len(selection.sites) > MODULE_SITES:
+            self.notes.append(
+                f"fits and behaviour for the first {MODULE_SITES} of "
+                f"{len(selection.sites)} sites; choose others with `sites=`"
+            )
+        return selection.sites[:MODULE_SITES]
+
+    def _ladder(
+        self, cut: StagedModel, specs: Sequence[Spec], sites: Sequence[str]
+    ) -> Ladder | None:
+        if not specs or not any(batch.held_out for batch in self.batches):
+            if self.kind != "random":
+                self.notes.append(
+                    "behaviour not measured: fewer than two sequences, so none can be "
+                    "held out"
+                )
+            return None
+        ranked = [s for s in specs if s.form == "affine" and s.rank is not None]
+        single = max(ranked, key=lambda s: s.rank or 0, default=specs[0])
+        if cut.blocks is None:
+            single = None
+        return Ladder(cut, sites, specs, self.settings.midpoint, single)
+
+    def _full_pass(
+        self,
+        cut: StagedModel,
+        table: Table,
+        moments: MomentTable,
+        ladder: Ladder | None,
+    ) -> None:
+        points = (BASE, MIDPOINT, TUNED) if self.settings.midpoint else (BASE, TUNED)
+        hidden: dict[int, Tensor] = {}
+        passes = propagate(cut, self.update, points, low=self.low, local=True)
+        for stage, tensors, traces in passes:
+            kept = []
+            for trace in traces:
+                table.add(trace, cut.batches[trace.batch].mask)
+                if stage.name in ("block", "module"):
+                    moments.add(stage, trace)
+                if ladder is None:
+                    continue
+                if stage.name == "embed":
+                    ladder.enter(trace.batch, trace.values[0.0][stage.output])
+                elif stage.name == "head":
+                    ladder.finish(stage, tensors, trace)
+                kept.append(trace)
+            if ladder is None or stage.name == "head":
+                continue
+            if stage.name in ("block", "module"):
+                fitted = moments.applied(stage.layer)
+                ladder.step(stage, tensors, kept, hidden, fitted)
+            if stage.name == "module":
+                for trace in kept:
+                    ladder.finish(stage, tensors, trace)
+            hidden = {t.batch: t.values[0.0][stage.output] for t in kept}
+
+    def _subject(self, cut: StagedModel, parameters: int, width: int | None) -> Subject:
+        settings = self.settings
+        return Subject(
+            model=f"{type(self.model).__name__}",
+            num_parameters=parameters,
+            num_layers=cut.num_layers,
+            d_model=width,
+            update=self.update.source,
+            update_norm=self.update.norm(),
+            update_relative_norm=self.update.relative_norm(self.model),
+            update_names=len(self.update.deltas),
+            inputs=self.kind,
+            sequences=sum(b.sequences for b in self.batches),
+            tokens=sum(b.tokens for b in self.batches),
+            held_out_sequences=sum(b.sequences for b in self.batches if b.held_out),
+            seed=settings.seed,
+            at=settings.at,
+            target=settings.target,
+            rank=settings.rank,
+            max_remainder=settings.max_remainder,
+            tolerance=TOLERANCE,
+            versions=_versions(),
+        )
+
+
+def _settings(
+    sites: Sequence[str] | None,
+    forms: Sequence[str],
+    rank: int,
+    target: str,
+    at: str,
+    max_remainder: float | None,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> _Settings:
+    """Check the arguments; raises `ArgumentError` or `SiteError`."""
+    if isinstance(sites, str) or isinstance(forms, str):
+        raise ArgumentError("Expected tuples of names in `sites` and `forms`, got str.")
+    for value, known, name in (
+        (at, _AT, "at"),
+        (target, TARGETS, "target"),
+        *((form, FORMS, "forms") for form in forms),
+    ):
+        if value not in known:
+            raise ArgumentError(
+                f"Expected `{name}` in {', '.join(known)}, got {value!r}."
+            )
+    if not isinstance(rank, int) or rank < 1:
+        raise ArgumentError(f"Expected `rank` to be an integer >= 1, got {rank!r}.")
+    if max_remainder is not None and not max_remainder >= 0:
+        raise ArgumentError(f"Expected `max_remainder` >= 0, got {max_remainder!r}.")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ArgumentError(
+            f"Expected `dtype` None, torch.float32 or torch.float64, got {dtype}: "
+            "coarser ones have no scale between rounding and the radius."
+        )
+    if sites is not None and not sites:
+        raise SiteError("Expected at least one site, got none.")
+    return _Settings(
+        None if sites is None else tuple(sites),
+        tuple(forms),
+        rank,
+        target,
+        at,
+        max_remainder,
+        dtype,
+        seed,
+    )
+
+
+def _check_layers(layers: Sequence[int] | None, count: int) -> None:
+    wrong = [layer for layer in layers or () if layer not in range(count)]
+    if wrong or (layers is not None and not len(layers)):
+        raise SiteError(
+            f"Expected `layers` within 0…{count - 1}, got {list(layers or ())}."
+        )
+
+
+def _inputs(
+    model: nn.Module, update: Update, inputs: object, tokenizer: Any, seed: int
+) -> tuple[str, list[Batch]]:
+    """What kind of inputs these are, and the batches."""
+    if inputs is None:
+        return "random", from_inputs(model, random_inputs(model, seed))
+    if isinstance(inputs, str) and inputs == "samples":
+        return "samples", from_inputs(model, _samples(model, update, seed))
+    texts = isinstance(inputs, str) or (
+        isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
+    )
+    return ("texts" if texts else "given"), from_inputs(model, inputs, tokenizer)
+
+
+def _samples(model: nn.Module, update: Update, seed: int) -> Tensor:
+    """Half sampled from the base, half from the tuned model."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is None or not hasattr(model, "lm_head"):
+        raise InputsError(
+            f'"samples" needs a model that generates text, got {type(model).__name__}. '
+            "Pass texts or tensors."
+        )
+    base = {name: p.detach() for name, p in model.named_parameters()}
+    moved = {
+        name: base[name]
+        + (delta.dense() if isinstance(delta, LowRank) else delta).to(base[name].dtype)
+        for name, delta in update.deltas.items()
+    }
+
+    def logits_of(tensors: dict[str, Tensor]) -> Any:
+        def run(ids: Tensor) -> Tensor:
+            call = {"input_ids": ids.to(model.device), "use_cache": False}  # pyright: ignore
+            return functional_call(model, tensors, (), call).logits
+
+        return run
+
+    return sampled(logits_of(base), logits_of({**base, **moved}), size, seed)
+
+
+def _width(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return getattr(config, "hidden_size", None)
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    names = ("equiv", "torch", "transformers", "peft")
+    found = []
+    for name in names:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+@contextmanager
+def _bar(show: bool) -> Iterator[Any]:
+    """A progress bar over the phases of a check, on standard error."""
+    if not show:
+        yield lambda phase: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=3, bar_format="{desc} {bar} {n_fmt}/{total_fmt} {elapsed}") as bar:
+        started = math.nan
+
+        def tick(phase: str) -> None:
+            nonlocal started
+            if not math.isnan(started):
+                bar.update()
+            started = 0.0
+            bar.set_description(f"equiv check: {phase}")
+
+        yield tick
+        bar.update()

@@ -1,0 +1,213 @@
+"""From measurements to report rows: pure functions, nothing is computed on a model."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from equiv.behaviour.distance import Distances, interval, recovered
+from equiv.behaviour.ladder import Label, Ladder
+from equiv.report.values import (
+    Behaviour,
+    Coverage,
+    FitRow,
+    Order,
+    Radius,
+    Row,
+    Scope,
+)
+from equiv.shift.calculus import Curve, RowKey
+from equiv.shift.radius import Question
+from equiv.shift.table import CoverageSums, FullSize
+from equiv.steering.chain import Spec
+from equiv.steering.fits import ENOUGH_TOKENS, Regression
+from equiv.steering.table import MomentTable
+
+BEST_SINGLE_LAYERS = 3
+_SCOPES = (Scope.PROPAGATED, Scope.LOCAL)
+
+
+def rows(
+    full: Mapping[RowKey, FullSize],
+    curves: Mapping[RowKey, Curve],
+    radii: Mapping[Question, Radius],
+    *,
+    midpoint: bool,
+    dtype: torch.dtype,
+    order_dtype: torch.dtype,
+) -> tuple[Row, ...]:
+    """One row per (layer, site, scope), in the order of the model."""
+    made = []
+    for key, sums in full.items():
+        curve = curves[key]
+        made.append(
+            Row(
+                layer=key[0],
+                site=key[1],
+                scope=key[2],
+                tokens=sums.tokens,
+                dtype=_name(dtype),
+                derivative="jvp",
+                norm_base=sums.base.norm,
+                norm_exact=sums.first.exact**0.5,
+                norm_first_order=sums.first.claimed**0.5,
+                remainder=sums.first.relative_remainder,
+                remainder_midpoint=sums.midpoint.relative_remainder
+                if midpoint
+                else None,
+                cosine=sums.first.cosine,
+                cosine_midpoint=sums.midpoint.cosine if midpoint else None,
+                order=curve.order(order_dtype),
+                order_midpoint=_midpoint_order(curve, order_dtype, midpoint),
+                radius=radii.get((key, False)),
+                radius_midpoint=radii.get((key, True)),
+                taylor=curve.points(),
+                taylor_floor=curve.floor(order_dtype),
+                taylor_dtype=_name(order_dtype),
+            )
+        )
+    return tuple(sorted(made, key=lambda row: (row.layer, _SCOPES.index(row.scope))))
+
+
+def _midpoint_order(curve: Curve, dtype: torch.dtype, midpoint: bool) -> Order | None:
+    return curve.order(dtype, midpoint=True) if midpoint else None
+
+
+def coverage(
+    sums: Mapping[tuple[int, Scope], CoverageSums], plain_add: bool
+) -> tuple[Coverage, ...]:
+    """The four ratios per layer and scope."""
+    return tuple(
+        Coverage(layer, scope, *entry.ratios(plain_add))
+        for (layer, scope), entry in sums.items()
+    )
+
+
+def fits(table: MomentTable, specs: Sequence[Spec]) -> tuple[FitRow, ...]:
+    """Misfit of every form at every layer and site that has a shift."""
+    made = []
+    for layer, site, aimed in table.fitting:
+        if aimed != table.fit_target(site):
+            continue
+        moments = table.fitting[layer, site, aimed]
+        held = table.held_out.get((layer, site, aimed))
+        forms = [spec for spec in specs if spec.site == site]
+        regression = Regression(moments, forms[0].ridge) if forms else None
+        for spec in forms:
+            assert regression is not None
+            steering = regression.form(spec.form, spec.rank)
+            density = moments.n / moments.width
+            verdict, reason = _fit_verdict(density, held is not None)
+            made.append(
+                FitRow(
+                    layer=layer,
+                    site=site,
+                    form=spec.rung,
+                    rank=_rank(spec, moments.width),
+                    target="block" if aimed != site else table.target,
+                    num_parameters=steering.num_parameters,
+                    ridge=spec.ridge,
+                    misfit=moments.misfit(steering),
+                    misfit_held_out=None if held is None else held.misfit(steering),
+                    tokens_per_dimension=density,
+                    verdict=verdict,
+                    reason=reason,
+                )
+            )
+    return tuple(made)
+
+
+def _rank(spec: Spec, width: int) -> int | None:
+    if spec.form == "vector":
+        return None
+    return width if spec.rank is None else min(spec.rank, width)
+
+
+def _fit_verdict(density: float, held_out: bool) -> tuple[str, str]:
+    if not held_out:
+        return "inconclusive", "fewer than two sequences: none can be held out"
+    if density < ENOUGH_TOKENS:
+        return (
+            "too few tokens",
+            f"{density:.1f} tokens per dimension, expected at least "
+            f"{ENOUGH_TOKENS:.0f}: such fits do not generalise",
+        )
+    return "measured", ""
+
+
+def behaviour(
+    ladder: Ladder, specs: Sequence[Spec], *, model_parameters: int, seed: int
+) -> tuple[Behaviour, ...]:
+    """The ladder's rows: unsteered, fitted rungs, oracles, best single layers."""
+    none = ladder.unsteered
+    if none is None:
+        return ()
+    made = [_row(ladder, Label("", "unsteered"), none, none, model_parameters, seed)]
+    best = _best_strengths(ladder, none)
+    order = {(s.site, s.rung): i for i, s in enumerate(specs)}
+    everywhere = [label for label in best if label.layers == "all"]
+    everywhere.sort(key=lambda label: order.get((label.site, label.rung), len(order)))
+    alone = [label for label in best if label.layers != "all"]
+    alone.sort(key=lambda label: -(recovered(best[label], none) or 0.0))
+    for label in (*everywhere, *alone[:BEST_SINGLE_LAYERS]):
+        made.append(_row(ladder, label, best[label], none, model_parameters, seed))
+    return tuple(made)
+
+
+def _best_strengths(ladder: Ladder, none: Distances) -> dict[Label, Distances]:
+    """Of each rung, the strength that leaves the smallest distance; 0 is allowed."""
+    best: dict[tuple[str, str, str], tuple[Label, Distances]] = {}
+    for label, found in ladder.distances.items():
+        key = (label.site, label.rung, label.layers)
+        if label.strength is not None and key not in best:
+            best[key] = (Label(*key, 0.0), none)
+        if key not in best or found.mean < best[key][1].mean:
+            best[key] = (label, found)
+    return dict(best.values())
+
+
+def _row(
+    ladder: Ladder,
+    label: Label,
+    found: Distances,
+    none: Distances,
+    model_parameters: int,
+    seed: int,
+) -> Behaviour:
+    share = recovered(found, none)
+    low, high = (None, None) if found is none else interval(found, none, seed)
+    key = Label(label.site, label.rung, label.layers, 1.0)
+    count = ladder.num_parameters.get(key)
+    values = found.tokens_flat
+    kl = found.has_logits
+    return Behaviour(
+        site=label.site,
+        rung=label.rung,
+        layers=label.layers,
+        target=ladder.targets.get(key, ""),
+        measure="kl" if kl else "output",
+        distance=found.mean,
+        recovered=share,
+        recovered_low=low,
+        recovered_high=high,
+        distance_p999=float(torch.tensor(values).quantile(0.999)) if kl else None,
+        distance_max=float(values.max()) if kl else None,
+        same_top=found.same_top / found.tokens if kl and found.tokens else None,
+        loss=found.loss / found.labelled if found.labelled else None,
+        output_difference=None if kl else found.mean**0.5,
+        output_cosine=None if kl else found.cosine,
+        strength=label.strength,
+        num_parameters=count,
+        parameter_share=None if count is None else count / model_parameters,
+        sequences=found.sequences,
+        reason=_strength_reason(label),
+    )
+
+
+def _strength_reason(label: Label) -> str:
+    if label.strength == 0:
+        return "worse than no steering at every strength tried"
+    return ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,175 @@
+"""The calculus of one update: orders, remainders by scale and predicted radii.
+
+One pass of the engine carries every point that the Taylor test needs (see
+`taylor.py`). The next two derivatives come from central differences of JVPs, never
+from nested `jvp`, which is silently wrong through `F.layer_norm`:
+
+    f″ ≈ (f′(e) − f′(−e)) / 2e,    f‴ ≈ (f′(e) − 2f′(0) + f′(−e)) / e²
+
+and predict where the relative remainder reaches τ:
+
+    base      t = 2τ ‖f′‖ / ‖f″‖,    midpoint   t = √(24τ ‖f′‖ / ‖f‴‖)
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from equiv.model.stages import Sites, Stage, StagedModel
+from equiv.shift.measures import Square, counted
+from equiv.shift.propagate import Point, Trace, propagate
+from equiv.shift.results import Order, Scope, TaylorPoint
+from equiv.shift.taylor import NOISE_SCALE, SCALES, order_of
+from equiv.update.update import Update
+
+# Truncation e²/6 · f⁗/f″ and rounding eps/e² are both far below a radius's 5 %.
+DIFFERENCE = 2.0**-6
+
+RowKey = tuple[int, str, Scope]
+
+
+@dataclass
+class Curve:
+    """Everything the Taylor test needs at one (layer, site, scope), as sums."""
+
+    base: Square = field(default_factory=Square)
+    first: Square = field(default_factory=Square)
+    second: Square = field(default_factory=Square)
+    third: Square = field(default_factory=Square)
+    noise: Square = field(default_factory=Square)
+    shift: dict[float, Square] = field(default_factory=dict)
+    remainder: dict[float, Square] = field(default_factory=dict)
+    remainder_midpoint: dict[float, Square] = field(default_factory=dict)
+    tokens: int = 0
+
+    def points(self) -> tuple[TaylorPoint, ...]:
+        """Remainders, coarsest scale first."""
+        return tuple(
+            TaylorPoint(
+                t,
+                self.shift[t].norm,
+                self.remainder[t].norm,
+                self.remainder_midpoint[t].norm
+                if t in self.remainder_midpoint
+                else None,
+            )
+            for t in sorted(self.shift, reverse=True)
+        )
+
+    def floor(self, dtype: torch.dtype) -> float:
+        """Rounding noise in a difference of two activations."""
+        return max(self.noise.norm, torch.finfo(dtype).eps * self.base.norm)
+
+    def order(self, dtype: torch.dtype, *, midpoint: bool = False) -> Order:
+        """Order and verdict of the base or midpoint remainder."""
+        return order_of(
+            self.points(), self.floor(dtype), self.first.norm, midpoint=midpoint
+        )
+
+    def predicted_radius(self, tolerance: float) -> float | None:
+        """T = 2τ‖f′‖/‖f″‖; `None` when there is no second-order term."""
+        if not self.second.norm or not self.first.norm:
+            return None
+        return 2 * tolerance * self.first.norm / self.second.norm
+
+    def predicted_radius_midpoint(self, tolerance: float) -> float | None:
+        """T = √(24τ‖f′‖/‖f‴‖); `None` when there is no third-order term."""
+        if not self.third.norm or not self.first.norm:
+            return None
+        return math.sqrt(24 * tolerance * self.first.norm / self.third.norm)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which layers and sites become rows; the model's output always does."""
+
+    layers: frozenset[int]
+    sites: tuple[str, ...]
+
+    def takes(self, stage: Stage) -> tuple[str, ...]:
+        """The sites of a stage that become rows."""
+        if stage.name == "embed":
+            return ()
+        if stage.name == "head":
+            return (stage.output,)
+        if stage.name == "module":
+            return (*self.sites, stage.output)
+        return self.sites if stage.layer in self.layers else ()
+
+
+def taylor_points(scales: Sequence[float], midpoint: bool) -> tuple[Point, ...]:
+    """The points of the engine that the Taylor test needs."""
+    tangent_at = {0.0, DIFFERENCE, -DIFFERENCE}
+    values_at = {0.0, NOISE_SCALE, *scales}
+    if midpoint:
+        tangent_at |= {t / 2 for t in scales}
+    return tuple(Point(s, s in tangent_at) for s in sorted(values_at | tangent_at))
+
+
+def curves(
+    cut: StagedModel,
+    update: Update,
+    *,
+    low: Sequence[str],
+    selection: Selection,
+    midpoint: bool = True,
+    local: bool = True,
+    scales: Sequence[float] = SCALES,
+) -> dict[RowKey, Curve]:
+    """Taylor curves at every selected layer and site, propagated and local."""
+    points = taylor_points(scales, midpoint)
+    found: dict[RowKey, Curve] = {}
+    for _, _, traces in propagate(cut, update, points, low=low, local=local):
+        for trace in traces:
+            mask = cut.batches[trace.batch].mask
+            for key, values, tangents in scopes(trace, selection):
+                curve = found.setdefault(key, Curve())
+                _add(curve, key[1], values, tangents, mask, scales)
+    return found
+
+
+def scopes(
+    trace: Trace, selection: Selection
+) -> Iterator[tuple[RowKey, Mapping[float, Sites], Mapping[float, Sites]]]:
+    """(key, values, tangents) of each selected site, per scope that applies.
+
+    In a module that is one stage, local and propagated are the same thing.
+    """
+    stage = trace.stage
+    for site in selection.takes(stage):
+        yield (stage.layer, site, Scope.PROPAGATED), trace.values, trace.tangents
+        if trace.local_values and stage.name != "module":
+            key = (stage.layer, site, Scope.LOCAL)
+            yield key, trace.local_values, trace.local_tangents
+
+
+def _add(
+    curve: Curve,
+    site: str,
+    values: Mapping[float, Sites],
+    tangents: Mapping[float, Sites],
+    mask: Tensor,
+    scales: Sequence[float],
+) -> None:
+    f = {s: counted(sites[site], mask) for s, sites in values.items()}
+    d = {s: counted(sites[site], mask) for s, sites in tangents.items()}
+    zero = torch.zeros_like(f[0.0])
+    first = d.get(0.0, zero)
+    curve.tokens += len(zero)
+    curve.base.add(f[0.0])
+    curve.first.add(first)
+    ahead, behind = d.get(DIFFERENCE, zero), d.get(-DIFFERENCE, zero)
+    curve.second.add((ahead - behind) / (2 * DIFFERENCE))
+    curve.third.add((ahead - 2 * first + behind) / DIFFERENCE**2)
+    curve.noise.add(f[NOISE_SCALE] - f[0.0] - NOISE_SCALE * first)
+    for t in scales:
+        shift = f[t] - f[0.0]
+        curve.shift.setdefault(t, Square()).add(shift)
+        curve.remainder.setdefault(t, Square()).add(shift - t * first)
+        if not d or t / 2 in d:
+            middle = d.get(t / 2, zero)
+            square = curve.remainder_midpoint.setdefault(t, Square())
+            square.add(shift - t * middle)

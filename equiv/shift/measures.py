@@ -1,0 +1,74 @@
+"""Norms and angles over the tokens that count, summed in float64 whatever the dtype."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def counted(activation: Tensor, mask: Tensor) -> Tensor:
+    """The activation at the tokens that count, [tokens, features], in float64.
+
+    A mask that does not match the leading axes (a pooled output, say) counts
+    everything.
+    """
+    if activation.shape[: mask.ndim] == mask.shape and not bool(mask.all()):
+        activation = activation[mask]
+    return activation.reshape(-1, activation.shape[-1]).double()
+
+
+@dataclass
+class Square:
+    """A running sum of squares; `norm` is its root."""
+
+    total: float = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Add the squares of all entries."""
+        self.total += float(rows.square().sum())
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of everything added."""
+        return self.total**0.5
+
+
+@dataclass
+class Comparison:
+    """A claimed shift against the exact one, over all tokens added so far.
+
+    Symbols: δ the exact shift, δ¹ the claimed one; the remainder is δ − δ¹.
+    """
+
+    exact: float = 0.0
+    claimed: float = 0.0
+    remainder: float = 0.0
+    product: float = 0.0
+
+    def add(self, exact: Tensor, claimed: Tensor) -> None:
+        """Add tokens [tokens, features] of both shifts, float64."""
+        self.exact += float(exact.square().sum())
+        self.claimed += float(claimed.square().sum())
+        self.remainder += float((exact - claimed).square().sum())
+        self.product += float((exact * claimed).sum())
+
+    @property
+    def relative_remainder(self) -> float | None:
+        """‖δ − δ¹‖ / ‖δ‖; `None` where there is no shift."""
+        return (self.remainder / self.exact) ** 0.5 if self.exact else None
+
+    @property
+    def cosine(self) -> float | None:
+        """⟨δ, δ¹⟩ / (‖δ‖ ‖δ¹‖); `None` where either is zero."""
+        size = (self.exact * self.claimed) ** 0.5
+        return max(-1.0, min(1.0, self.product / size)) if size else None
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """Part / whole, or `None` when the whole is zero."""
+    return part / whole if whole else None
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether every entry is exactly zero."""
+    return not bool(torch.count_nonzero(tensor))

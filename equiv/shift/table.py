@@ -1,0 +1,108 @@
+"""The shift at full size (t = 1), per layer, site and scope, and the coverage ratios."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from equiv.model.stages import Sites
+from equiv.shift.calculus import RowKey, Selection, scopes
+from equiv.shift.measures import Comparison, Square, counted, ratio
+from equiv.shift.propagate import Trace
+from equiv.shift.results import Scope
+
+
+@dataclass
+class FullSize:
+    """Sums of one row: the base activation, and both first-order shifts."""
+
+    base: Square = field(default_factory=Square)
+    first: Comparison = field(default_factory=Comparison)
+    midpoint: Comparison = field(default_factory=Comparison)
+    tokens: int = 0
+
+
+@dataclass
+class CoverageSums:
+    """Norms behind the four coverage ratios of one (layer, scope)."""
+
+    shift_mlp: Square = field(default_factory=Square)
+    shift_block: Square = field(default_factory=Square)
+    shift_skip: Square = field(default_factory=Square)
+    mlp: Square = field(default_factory=Square)
+    attn: Square = field(default_factory=Square)
+    block: Square = field(default_factory=Square)
+
+    def ratios(self, plain_add: bool) -> tuple[float | None, ...]:
+        """The four ratios, in the order of `Coverage`'s fields.
+
+        In a post-norm block the skip is not the block minus the MLP: no such share.
+        """
+        mlp, skip = self.shift_mlp.norm, self.shift_skip.norm
+        share = ratio(mlp, mlp + skip) if plain_add else None
+        return (
+            ratio(mlp, self.shift_block.norm),
+            share,
+            ratio(self.mlp.norm, self.mlp.norm + self.attn.norm),
+            ratio(self.mlp.norm, self.block.norm),
+        )
+
+
+@dataclass
+class Table:
+    """Everything measured at full size; fed trace by trace."""
+
+    selection: Selection
+    rows: dict[RowKey, FullSize] = field(default_factory=dict)
+    coverage: dict[tuple[int, Scope], CoverageSums] = field(default_factory=dict)
+
+    def add(self, trace: Trace, mask: Tensor) -> None:
+        """Add one batch of one stage."""
+        for key, values, tangents in scopes(trace, self.selection):
+            _add_row(
+                self.rows.setdefault(key, FullSize()), key[1], values, tangents, mask
+            )
+        stage = trace.stage
+        if stage.name != "block" or not self.selection.takes(stage):
+            return
+        pairs = [(Scope.PROPAGATED, trace.values), (Scope.LOCAL, trace.local_values)]
+        for scope, values in pairs:
+            if values:
+                sums = self.coverage.setdefault((stage.layer, scope), CoverageSums())
+                _add_coverage(sums, values, mask)
+
+
+def _add_row(
+    row: FullSize,
+    site: str,
+    values: Mapping[float, Sites],
+    tangents: Mapping[float, Sites],
+    mask: Tensor,
+) -> None:
+    base = counted(values[0.0][site], mask)
+    exact = counted(values[1.0][site], mask) - base
+    zero = torch.zeros_like(exact)
+    row.tokens += len(base)
+    row.base.add(base)
+    row.first.add(exact, counted(tangents[0.0][site], mask) if tangents else zero)
+    if 0.5 in tangents or not tangents:
+        row.midpoint.add(
+            exact, counted(tangents[0.5][site], mask) if tangents else zero
+        )
+
+
+def _add_coverage(
+    sums: CoverageSums, values: Mapping[float, Sites], mask: Tensor
+) -> None:
+    base, tuned = (
+        {site: counted(values[s][site], mask) for site in values[s]} for s in (0.0, 1.0)
+    )
+    mlp = tuned["mlp_out"] - base["mlp_out"]
+    block = tuned["block_out"] - base["block_out"]
+    sums.shift_mlp.add(mlp)
+    sums.shift_block.add(block)
+    sums.shift_skip.add(block - mlp)
+    sums.mlp.add(base["mlp_out"])
+    sums.attn.add(base["attn_out"])
+    sums.block.add(base["block_out"])
