@@ -20,7 +20,10 @@ from equiv.errors import UnsupportedModelError as UnsupportedModelError
 from equiv.errors import UpdateError as UpdateError
 from equiv.errors import UpdateMismatchError as UpdateMismatchError
 from equiv.report.report import Report as Report
+from equiv.shift.activations import Shift as Shift
+from equiv.shift.activations import shifts as shifts
 from equiv.steering.apply import steer as steer
 from equiv.steering.fits import fit as fit
 from equiv.steering.forms import Steering as Steering
+from equiv.steering.sequential import fit_sequential as fit_sequential
 from equiv.update.update import Update as Update

@@ -17,7 +17,7 @@ name.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def with_first(output: object, tensor: Tensor) -> object:
     return (tensor, *output[1:])
 
 
-def is_activation(output: object) -> bool:
+def is_activation(output: object) -> TypeGuard[Tensor]:
     """Whether a module's output is one floating tensor with a feature axis."""
     return (
         isinstance(output, torch.Tensor)

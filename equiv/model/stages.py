@@ -270,43 +270,35 @@ class StagedModel:
         return tuple(name for name in self.tensors_of_model if name.startswith(prefix))
 
     def _cut_module(self, sites: Sequence[str] | None) -> None:
-        names = tuple(self.tensors_of_model)
-        found = self._module_sites()
+        outputs, final = self._module_outputs()
         if sites is None:
-            chosen = tuple(found)
+            chosen = _distinct(outputs, final)
+        elif unknown := [site for site in sites if site not in outputs]:
+            raise SiteError(
+                f"Expected sites among {', '.join(outputs) or 'none'} (submodules that "
+                f"are called once and return one floating tensor), got {unknown}."
+            )
         else:
-            unknown = [s for s in sites if s not in found]
-            if unknown:
-                raise SiteError(
-                    f"Expected sites among {', '.join(found) or 'none'} (submodules that "
-                    f"return one tensor, called once), got {unknown}."
-                )
             chosen = tuple(sites)
+        names = tuple(self.tensors_of_model)
         self.stages = [Stage("module", 0, names, chosen, OUTPUT)]
 
-    def _module_sites(self) -> list[str]:
-        """Named submodules that are called once and return one floating tensor."""
+    def _module_outputs(self) -> tuple[dict[str, Tensor], Tensor]:
+        """What each submodule returns that is called once, and the final output."""
         calls: dict[str, list[object]] = {}
+
+        def hook_of(name: str) -> Callable[..., None]:
+            return lambda _m, _a, out: calls.setdefault(name, []).append(out)
+
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 if name:
-
-                    def hook(
-                        _m: nn.Module, _a: Any, out: object, name: str = name
-                    ) -> None:
-                        calls.setdefault(name, []).append(out)
-
-                    stack.callback(module.register_forward_hook(hook).remove)
+                    handle = module.register_forward_hook(hook_of(name))
+                    stack.callback(handle.remove)
             tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
-            output = _model_output(self._forward(tensors, 0))
-        once = {n: outs[0] for n, outs in calls.items() if len(outs) == 1}
-        seen = {id(output)}
-        kept = []
-        for name, out in once.items():
-            if is_activation(out) and id(out) not in seen:
-                seen.add(id(out))
-                kept.append(name)
-        return kept
+            final = _model_output(self._forward(tensors, 0))
+        once = {name: outs[0] for name, outs in calls.items() if len(outs) == 1}
+        return {n: out for n, out in once.items() if is_activation(out)}, final
 
     def place(self, layer: int, site: str) -> Place:
         """Where a site is in the modules."""
@@ -367,6 +359,16 @@ class StagedModel:
             return out + self._active.scale * moved
 
         return hook
+
+
+def _distinct(outputs: Mapping[str, Tensor], final: Tensor) -> tuple[str, ...]:
+    """Names whose outputs are not one and the same tensor, nor the final output."""
+    seen, kept = {id(final)}, []
+    for name, output in outputs.items():
+        if id(output) not in seen:
+            seen.add(id(output))
+            kept.append(name)
+    return tuple(kept)
 
 
 def takes_factors(module: nn.Module) -> bool:

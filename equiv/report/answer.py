@@ -158,3 +158,58 @@ def _reach(value: Radius) -> str:
     if value.value >= 1:
         return "for all of it"
     return f"to t = {scale(value.value)}"
+
+
+def meaning(report: "Report") -> list[str]:
+    """What the figures say, in plain sentences."""
+    said = []
+    if report.derivative_holds:
+        said.append(
+            "The derivative is right at every layer and site: first-order equivalence "
+            "holds for small enough updates. How small is the question."
+        )
+    base = _smallest([row.radius for row in report.rows])
+    midpoint = _smallest([row.radius_midpoint for row in report.rows])
+    if base is not None:
+        limit = percent(base.tolerance)
+        said.append(
+            f"From the base, the first-order shift is within {limit} of the exact one "
+            f"everywhere up to {_times(base)} this update"
+            + (
+                ""
+                if midpoint is None
+                else f"; taken at the midpoint W + ΔW/2, up to {_times(midpoint)}"
+            )
+            + "."
+        )
+    row, none = best(report), unsteered(report)
+    if row is not None and none is not None and (row.recovered or 0) > 0:
+        said.append(
+            f"The best small steering that was fitted, {row.rung} at {row.site} in every "
+            f"layer, makes up for {percent(row.recovered)} of the change in behaviour "
+            f"with {row.num_parameters:,} numbers."
+        )
+    oracle = _exact_oracle(report)
+    if row is not None and oracle is not None and oracle.recovered is not None:
+        said.append(
+            f"Setting {oracle.site} to the tuned model's own activation recovers "
+            f"{percent(oracle.recovered)}: no steering at this site is meant to do "
+            "better, and the difference is the price of the form."
+        )
+    return said
+
+
+def _times(value: Radius) -> str:
+    return f"{'at least ' if value.at_least else ''}{scale(value.value)} ×"
+
+
+def _exact_oracle(report: "Report") -> Behaviour | None:
+    row = best(report)
+    return next(
+        (
+            b
+            for b in report.behaviour
+            if row is not None and b.rung == "exact oracle" and b.site == row.site
+        ),
+        None,
+    )

@@ -93,7 +93,11 @@ class Chain:
     """A sequential fit under way: one `step` per block, bottom to top."""
 
     def __init__(
-        self, cut: StagedModel, spec: Spec, strengths: Sequence[float] = ()
+        self,
+        cut: StagedModel,
+        spec: Spec,
+        strengths: Sequence[float] = (),
+        layers: Sequence[int] | None = None,
     ) -> None:
         fit = tuple(i for i, b in enumerate(cut.batches) if not b.held_out)
         held = tuple(i for i, b in enumerate(cut.batches) if b.held_out)
@@ -102,6 +106,7 @@ class Chain:
         self.fitted = Stream(fit)
         self.held_out = {strength: Stream(held) for strength in strengths}
         self.steering: dict[SiteKey, Steering] = {}
+        self.layers = frozenset(cut.layers if layers is None else layers)
 
     def enter(self, batch: int, hidden: Tensor) -> None:
         """Start from the embedding's output, which no steering has touched."""
@@ -117,6 +122,11 @@ class Chain:
             for trace in traces:
                 for stream in (self.fitted, *self.held_out.values()):
                     stream.follow(trace)
+            return
+        if stage.layer not in self.layers:
+            for stream in (self.fitted, *self.held_out.values()):
+                for batch in stream.batches:
+                    stream.advance(self.cut, stage, tensors, batch, {})
             return
         tuned = {trace.batch: trace.values[1.0] for trace in traces}
         steering = self._fit(stage, tensors, tuned)

@@ -1,0 +1,259 @@
+"""A report as text: for `print(report)` and, with colours, for the command line."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from equiv.report.answer import RANDOM_INPUTS, best, meaning, unsteered
+from equiv.report.numbers import figure, percent, scale
+from equiv.report.values import Behaviour, Radius, Row, Scope, Verdict
+
+if TYPE_CHECKING:
+    from equiv.report.report import Report
+
+WIDTH = 100
+# Remainders up to each bound, with the shade and colour that stand for them.
+_SHADES = (
+    (0.01, "·", "on #1a9850"),
+    (0.1, "░", "on #91cf60"),
+    (0.3, "▒", "on #fee08b"),
+    (0.6, "▓", "on #fc8d59"),
+    (float("inf"), "█", "on #d73027"),
+)
+
+
+def to_text(report: "Report") -> str:
+    """The report as plain text, at most 100 columns wide."""
+    console = Console(width=WIDTH, no_color=True, highlight=False, force_terminal=False)
+    with console.capture() as captured:
+        console.print(rendered(report))
+    lines = (line.rstrip() for line in captured.get().splitlines())
+    return "\n".join(lines)
+
+
+def rendered(report: "Report") -> RenderableType:
+    """The report as something that a rich console prints."""
+    return Group(*_sections(report))
+
+
+def _sections(report: "Report") -> Iterator[RenderableType]:
+    yield Text(report.headline, style="bold")
+    yield Text("")
+    yield Text(_subject(report), style="dim")
+    yield Text("")
+    yield _shift_table(report)
+    yield from (Text(line) for line in _orders(report))
+    if report.superposition is not None:
+        yield Text(f"Superposition: {report.superposition.reason}.")
+    yield Text("")
+    yield from _behaviour(report)
+    yield from _by_layer(report)
+    yield Text("What this means", style="bold")
+    yield from (Text(f"  {line}") for line in meaning(report))
+    yield from (Text(f"Note: {note}.", style="dim") for note in report.notes)
+
+
+def _subject(report: "Report") -> str:
+    s = report.subject
+    tokens = f"{s.tokens} tokens in {s.sequences} sequences"
+    held = f", {s.held_out_sequences} of them held out" if s.held_out_sequences else ""
+    return (
+        f"{s.model}, {s.num_parameters:,} parameters, {s.num_layers} layers · "
+        f"{s.update}, {percent(s.update_relative_norm)} of the weights' norm · {s.inputs} "
+        f"inputs: {tokens}{held}"
+    )
+
+
+def _shift_table(report: "Report") -> RenderableType:
+    rows = [r for r in report.rows if r.scope is Scope.PROPAGATED]
+    sites = list(dict.fromkeys(row.site for row in rows))
+    layers = list(dict.fromkeys(row.layer for row in rows))
+    cells = {(row.layer, row.site): row for row in rows}
+    title = (
+        "Remainder of the shift at full size, first order from the base | from the "
+        "midpoint, and radius t"
+    )
+    if len(layers) <= 2 and len(sites) > 5:
+        return _by_site(rows, title)
+    inside = [s for s in sites if any((layer, s) in cells for layer in layers[:-1])]
+    table = _table("layer", *inside)
+    for layer in layers:
+        found = [cells.get((layer, site)) for site in inside]
+        if any(found):
+            table.add_row(str(layer), *(_cell(report, row) for row in found))
+    ends = [row for row in rows if row.site not in inside]
+    for row in ends:
+        filler = [Text("")] * (len(inside) - 1)
+        table.add_row(row.site, *filler, _cell(report, row))
+    return _titled(title, table)
+
+
+def _by_site(rows: Sequence[Row], title: str) -> RenderableType:
+    table = _table("site", "base", "midpoint", "radius", "radius, midpoint")
+    for row in rows:
+        table.add_row(
+            row.site,
+            _shaded(row.remainder, figure(row.remainder)),
+            _shaded(row.remainder_midpoint, figure(row.remainder_midpoint)),
+            _reach(row.radius),
+            _reach(row.radius_midpoint),
+        )
+    return _titled(title, table)
+
+
+def _titled(title: str, table: Table) -> RenderableType:
+    """A title above a table, as wide as the page and not as the table."""
+    return Group(Text(title, style="bold"), table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _cell(report: "Report", row: Row | None) -> Text:
+    if row is None:
+        return Text("")
+    if row.order.verdict is Verdict.NOT_APPLICABLE:
+        return Text("no shift", style="dim")
+    midpoint = (
+        ""
+        if row.remainder_midpoint is None
+        else f"|{figure(row.remainder_midpoint, 2)}"
+    )
+    reach = "" if row.radius is None else f" t{_reach(row.radius)}"
+    text = f"{figure(row.remainder, 2)}{midpoint}{reach}"
+    return _shaded(report.judged_remainder(row), text)
+
+
+def _reach(radius: Radius | None) -> str:
+    if radius is None:
+        return "–"
+    return f"{'≥' if radius.at_least else '='}{scale(radius.value)}"
+
+
+def _shaded(value: float | None, text: str) -> Text:
+    if value is None:
+        return Text(text)
+    _, shade, style = next(entry for entry in _SHADES if value <= entry[0])
+    return Text.assemble((shade * 2, f"black {style}"), " ", text)
+
+
+def _orders(report: "Report") -> Iterator[str]:
+    yield (
+        "Shade: "
+        + ", ".join(
+            f"{shade} ≤ {percent(bound)}" if bound != float("inf") else f"{shade} more"
+            for bound, shade, _ in _SHADES
+        )
+        + " of the shift left."
+    )
+    counts: dict[str, int] = {}
+    for row in report.rows:
+        counts[row.order.verdict] = counts.get(row.order.verdict, 0) + 1
+    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+    yield f"Second order (Taylor test), over {len(report.rows)} rows: {said}."
+    for row in report.rows:
+        if row.order.verdict in (Verdict.FAILS, Verdict.INCONCLUSIVE):
+            yield (
+                f"  layer {row.layer}, {row.site}, {row.scope}: {row.order.verdict}: "
+                f"{row.order.reason}"
+            )
+
+
+def _behaviour(report: "Report") -> Iterator[RenderableType]:
+    none = unsteered(report)
+    if none is None:
+        why = RANDOM_INPUTS if report.subject.inputs == "random" else "not measured"
+        yield Text(f"Behaviour: {why}.")
+        yield Text("")
+        return
+    every = [row for row in report.behaviour if row.layers == "all" and row.site]
+    rungs = list(dict.fromkeys(row.rung for row in every))
+    sites = list(dict.fromkeys(row.site for row in every))
+    unit = (
+        "nats of KL per token" if none.measure == "kl" else "squared output difference"
+    )
+    title = (
+        f"Recovered of the unsteered model's {figure(none.distance)} {unit}, all layers"
+    )
+    table = _table("rung", *sites)
+    cells = {(row.rung, row.site): row for row in every}
+    for rung in rungs:
+        found = (cells.get((rung, site)) for site in sites)
+        table.add_row(rung, *(_recovered(row) for row in found))
+    yield _titled(title, table)
+    yield from (Text(line) for line in _best_lines(report))
+    yield Text("")
+
+
+def _recovered(row: Behaviour | None) -> Text:
+    if row is None or row.recovered is None:
+        return Text("–")
+    share = max(0.0, min(1.0, row.recovered))
+    bar = "█" * round(8 * share)
+    return Text.assemble((f"{bar:<8}", "green"), f" {percent(row.recovered):>8}")
+
+
+def _best_lines(report: "Report") -> Iterator[str]:
+    row = best(report)
+    if row is not None and row.measure == "kl":
+        yield (
+            f"{row.rung} at {row.site}: KL {figure(row.distance)} nats per token (99.9 % "
+            f"of tokens below {figure(row.distance_p999)}, largest "
+            f"{figure(row.distance_max)}), same top token {percent(row.same_top)}, "
+            f"strength {row.strength}"
+        )
+    elif row is not None:
+        yield (
+            f"{row.rung} at {row.site}: output off by {percent(row.output_difference)}, "
+            f"cosine {figure(row.output_cosine, 5)}, strength {row.strength}"
+        )
+    alone = [r for r in report.behaviour if r.layers not in ("all", "") and r.site]
+    if alone:
+        said = ", ".join(
+            f"layer {r.layers} at {r.site} {percent(r.recovered)}" for r in alone
+        )
+        yield f"Best single layers ({alone[0].rung}): {said}."
+
+
+def _by_layer(report: "Report") -> Iterator[RenderableType]:
+    form = f"affine r{report.subject.rank}"
+    fits = [fit for fit in report.fits if fit.form == form]
+    if not fits:
+        return
+    sites = list(dict.fromkeys(fit.site for fit in fits))
+    cells = {(fit.layer, fit.site): fit for fit in fits}
+    covered = {c.layer: c for c in report.coverage if c.scope is Scope.PROPAGATED}
+    ratios = ("δMLP/δblock", "δMLP share", "MLP share", "MLP/block") if covered else ()
+    target = "the block output's" if fits[0].target == "block" else "the site's own"
+    title = (
+        f"Share of {target} shift that {form} leaves on held-out sequences, by the "
+        "site it reads" + ("; coverage" if ratios else "")
+    )
+    table = _table("layer", *sites, *ratios)
+    for layer in dict.fromkeys(fit.layer for fit in fits):
+        found = [cells.get((layer, site)) for site in sites]
+        shares = [figure(fit.misfit_held_out) if fit else "–" for fit in found]
+        entry = covered.get(layer)
+        cover = (
+            [
+                entry.shift_mlp_over_block,
+                entry.shift_mlp_share,
+                entry.activation_mlp_share,
+                entry.activation_mlp_over_block,
+            ]
+            if entry
+            else []
+        )
+        table.add_row(str(layer), *shares, *(figure(value, 2) for value in cover))
+    yield _titled(title, table)
+    few = next((fit for fit in fits if fit.verdict != "measured"), None)
+    if few is not None:
+        yield Text(f"{few.verdict.capitalize()}: {few.reason}.")
+    yield Text("")

@@ -1,0 +1,203 @@
+"""`equiv.shifts`: the shifts themselves, as tensors, per layer and site."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equiv.errors import SiteError
+from equiv.model.batches import Batch, from_inputs
+from equiv.model.families import find_blocks
+from equiv.model.guard import measured
+from equiv.model.sites import SITES, SiteKey
+from equiv.model.stages import staged
+from equiv.shift.propagate import (
+    BASE,
+    MIDPOINT,
+    TUNED,
+    Trace,
+    low_rank_names,
+    propagate,
+)
+from equiv.update.sources import resolve
+from equiv.update.update import Update
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What an update does to one activation.
+
+    All tensors are [batch, seq, d] ([batch, d] for a plain module), in the compute
+    dtype. Sequences stand in the order of the micro-batches; batches of other lengths
+    are padded on the right, with the mask false.
+
+    Attributes:
+        layer: Index of the block.
+        site: Name of the site.
+        base: The activation h of the base model.
+        exact: Propagated shift, h(W + ΔW) − h(W).
+        first_order: Its derivative at the base, in direction ΔW.
+        midpoint: Its derivative at W + ΔW/2.
+        local_exact: Shift of this block's update alone, its input held at the base.
+        local_first_order: Its derivative at the base.
+        mask: Tokens that count, bool [batch, seq].
+    """
+
+    layer: int
+    site: str
+    base: Tensor
+    exact: Tensor
+    first_order: Tensor
+    midpoint: Tensor
+    local_exact: Tensor
+    local_first_order: Tensor
+    mask: Tensor
+
+
+class Shifts:
+    """Shifts of one model, update and inputs, computed when asked for.
+
+    `shifts[layer, site]` runs the model up to that layer and keeps nothing but the
+    answer; iterating runs it once and hands out one layer after the other, so memory
+    holds one block's activations at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        update: Update,
+        batches: list[Batch],
+        dtype: torch.dtype,
+        sites: tuple[str, ...] | None,
+        layers: tuple[int, ...],
+    ) -> None:
+        self._model, self._update, self._batches = model, update, batches
+        self._dtype, self._sites, self._layers = dtype, sites, layers
+
+    def __getitem__(self, key: SiteKey) -> Shift:
+        """The shift at (layer, site).
+
+        Raises:
+            SiteError: If the key was not selected or does not exist.
+        """
+        layer, site = key
+        if layer not in self._layers or (self._sites and site not in self._sites):
+            raise SiteError(
+                f"Expected a layer in {list(self._layers)} and a site in "
+                f"{list(self._sites or ())}, got {key!r}."
+            )
+        for shift in self._stream(layer):
+            if (shift.layer, shift.site) == key:
+                return shift
+        raise SiteError(f"The model has no site {site!r} in layer {layer}.")
+
+    def __iter__(self) -> Iterator[Shift]:
+        """Every selected shift, from the first layer to the last."""
+        yield from self._stream(None)
+
+    def _stream(self, only: int | None) -> Iterator[Shift]:
+        low = low_rank_names(self._model, self._update)
+        with (
+            measured(self._model),
+            staged(
+                self._model,
+                self._batches,
+                self._dtype,
+                sites=self._sites,
+                low_names=low,
+            ) as cut,
+        ):
+            points = (BASE, MIDPOINT, TUNED)
+            for stage, _, traces in propagate(
+                cut, self._update, points, low=low, local=True
+            ):
+                kept = list(traces)
+                wanted = only is None or stage.layer == only
+                inside = stage.name in ("block", "module")
+                if wanted and inside and stage.layer in self._layers:
+                    sites = self._sites or stage.sites
+                    for site in sites:
+                        yield _gather(stage.layer, site, kept, self._batches)
+                if only is not None and inside and stage.layer >= only:
+                    return
+
+
+def shifts(
+    model: nn.Module,
+    delta_w: object,
+    inputs: object,
+    *,
+    sites: Sequence[str] = SITES,
+    layers: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    dtype: torch.dtype = torch.float32,
+) -> Shifts:
+    """The shifts that an update induces, as tensors.
+
+    Args:
+        model: A Hugging Face model of a known family, or any module.
+        delta_w: The update, in any form that `equiv.check` takes.
+        inputs: Texts, a tensor, a mapping or an iterable, as for `equiv.check`.
+        sites: Sites wanted.
+        layers: Layers wanted; `None` for all.
+        tokenizer: Tokenizer for texts.
+        dtype: Compute dtype.
+
+    Returns:
+        A mapping from (layer, site), computed when asked for.
+
+    Raises:
+        EquivError: As `equiv.check`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Identity())
+        >>> x = torch.ones(1, 2)
+        >>> s = shifts(model, {"0.weight": torch.eye(2)}, x, sites=("0",))[0, "0"]
+        >>> s.exact  # (W + I) x − W x = x, and the model is linear in W
+        tensor([[1., 1.]])
+        >>> torch.equal(s.first_order, torch.ones(1, 2))
+        True
+    """
+    update = resolve(model, delta_w)
+    blocks = find_blocks(model)
+    chosen = None if blocks is None and tuple(sites) == SITES else tuple(sites)
+    count = len(blocks.modules) if blocks else 1
+    picked = tuple(range(count)) if layers is None else tuple(layers)
+    if any(layer not in range(count) for layer in picked):
+        raise SiteError(f"Expected `layers` within 0…{count - 1}, got {list(picked)}.")
+    if unknown := [s for s in chosen or () if blocks is not None and s not in SITES]:
+        raise SiteError(f"Expected sites in {', '.join(SITES)}, got {unknown}.")
+    batches = from_inputs(model, inputs, tokenizer)
+    return Shifts(model, update, batches, dtype, chosen, picked)
+
+
+def _gather(
+    layer: int, site: str, traces: Sequence[Trace], batches: Sequence[Batch]
+) -> Shift:
+    parts: dict[str, list[Tensor]] = {}
+    for trace in traces:
+        base = trace.values[0.0][site]
+        zero = torch.zeros_like(base)
+        tangents, local = trace.tangents, trace.local_values
+        values = {
+            "base": base,
+            "exact": trace.values[1.0][site] - base,
+            "first_order": tangents[0.0][site] if tangents else zero,
+            "midpoint": tangents[0.5][site] if tangents else zero,
+            "local_exact": local[1.0][site] - local[0.0][site] if local else zero,
+            "local_first_order": trace.local_tangents[0.0][site] if local else zero,
+            "mask": batches[trace.batch].mask,
+        }
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value)
+    return Shift(layer, site, **{name: _joined(list_) for name, list_ in parts.items()})
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Batches one below the other, padded on the right to the longest sequence."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(parts)
+    rows = [row for part in parts for row in part]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
