@@ -1,0 +1,156 @@
+"""The commands themselves, as typer sees them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from equiv.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from equiv.report.report import Report
+
+app = typer.Typer(
+    help=(
+        "How far can moving a model's activations stand in for updating its weights?"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the report as JSON."),
+]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the report as one HTML page."),
+]
+_STATUS = (
+    "Exit status: 0 when what was asked for is met, 1 when it is not met or could not "
+    "be decided, 2 for wrong usage or data."
+)
+
+
+@app.command(epilog=_STATUS)
+def check(
+    base: Annotated[str, typer.Argument(help="The base model: a path or hub id.")],
+    update: Annotated[
+        str,
+        typer.Argument(
+            help="The update: a tuned model or an adapter, path or hub id, or a "
+            "safetensors file of differences."
+        ),
+    ],
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts to measure on: one per line, or JSONL with a `text` (or "
+            '`question`) field; or "samples". Without it, random token ids: good for '
+            "the calculus only.",
+        ),
+    ] = None,
+    max_remainder: Annotated[
+        float | None,
+        typer.Option(help="Ask for a relative remainder of at most this everywhere."),
+    ] = None,
+    min_recovered: Annotated[
+        float | None,
+        typer.Option(
+            help="Ask that steering recovers at least this share of the behaviour."
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the affine steering.")] = 8,
+    limit: Annotated[
+        int, typer.Option(help="Use at most this many texts, the first ones.")
+    ] = 512,
+    at: Annotated[
+        str, typer.Option(help='Where to linearise: "both", "base" or "midpoint".')
+    ] = "both",
+    seed: Annotated[int, typer.Option(help="Draws the held-out quarter.")] = 0,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+) -> int:
+    """Measure how far steering can stand in for an update of a model.
+
+    Without a threshold the derivative must be right (second order) at every layer and
+    site; thresholds ask for more.
+    """
+    from equiv.checking import check as check_update
+    from equiv.cli.loading import load_base, load_tokenizer, read_texts
+
+    _check_outputs(json, html)
+    texts = None if inputs in (None, "samples") else read_texts(Path(inputs), limit)
+    model = load_base(base)
+    tokenizer = None if texts is None else load_tokenizer(base)
+    report = check_update(
+        model,
+        update,
+        inputs if texts is None else texts,
+        tokenizer=tokenizer,
+        max_remainder=max_remainder,
+        rank=rank,
+        at=at,
+        seed=seed,
+        progress=True,
+    )
+    _show(report, json, html)
+    return _status(report, min_recovered)
+
+
+@app.command()
+def demo(json: JsonFile = None, html: HtmlFile = None) -> int:
+    """Measure a small shipped Llama and two real fine-tunes of it, full and LoRA."""
+    from equiv.cli.demo import run
+
+    _check_outputs(json, html)
+    report = run()
+    _write(report, json, html)
+    return 0
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Complain before the work about a folder that does not exist."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise FileFormatError(f"Cannot write {path}: no folder {path.parent}.")
+
+
+def _show(report: "Report", json: Path | None, html: Path | None) -> None:
+    from rich.console import Console
+
+    from equiv.report.text import WIDTH, rendered
+
+    console = Console(highlight=False)
+    console.print(rendered(report), width=max(WIDTH, min(console.width, 120)))
+    _write(report, json, html)
+
+
+def _write(report: "Report", json: Path | None, html: Path | None) -> None:
+    if json is not None:
+        report.to_json(json)
+        typer.echo(f"Wrote {json}")
+    if html is not None:
+        report.to_html(html)
+        typer.echo(f"Wrote {html}")
+
+
+def _status(report: "Report", min_recovered: float | None) -> int:
+    from equiv.report.answer import best
+    from equiv.report.numbers import percent
+
+    met = report.holds
+    if not met:
+        typer.echo(f"Not met: {report.reason}")
+    if min_recovered is not None:
+        row = best(report)
+        found = None if row is None else row.recovered
+        if found is None or found < min_recovered:
+            typer.echo(
+                f"Not met: steering recovers {percent(found)}, expected at least "
+                f"{percent(min_recovered)}"
+            )
+            met = False
+    return 0 if met else 1

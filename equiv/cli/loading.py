@@ -1,0 +1,100 @@
+"""Models, tokenizers and texts from what a command line names."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from equiv.errors import FileFormatError, InputsError, UnsupportedModelError
+
+_FIELDS = ("text", "question", "prompt")
+
+
+def load_base(name: str) -> nn.Module:
+    """A Hugging Face model from a path or hub id, with the head it was saved with.
+
+    Raises:
+        FileFormatError: If nothing can be loaded from there.
+        UnsupportedModelError: If the saved class is not known to transformers.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModel
+
+    _check_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"Cannot load a model from {name!r}: {error}") from None
+    saved = (config.architectures or [None])[0]
+    loader = getattr(transformers, saved, None) if saved else AutoModel
+    if loader is None:
+        raise UnsupportedModelError(
+            f"{name!r} holds a {saved}, which transformers does not have. Code from a "
+            "model's own folder is never run."
+        )
+    try:
+        return loader.from_pretrained(name, dtype="auto", use_safetensors=True)
+    except OSError as error:
+        raise FileFormatError(f"Cannot load a model from {name!r}: {error}") from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        FileFormatError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"No tokenizer beside {name!r}: {error}") from None
+
+
+def read_texts(path: Path, limit: int) -> list[str]:
+    """Texts from a file of lines, or of JSON objects with a text field.
+
+    Raises:
+        InputsError: If the file is missing, empty, or a line is no text.
+    """
+    if not path.is_file():
+        raise InputsError(f"Expected a file of texts, {path} does not exist.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputsError(f"{path} is not text in UTF-8: {error}.") from None
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if len(numbered) > limit:
+        print(f"Using the first {limit} of {len(numbered)} texts.", file=sys.stderr)
+    is_json = path.suffix in (".jsonl", ".json")
+    read = [_text(path, i, line) if is_json else line for i, line in numbered[:limit]]
+    if not read:
+        raise InputsError(f"{path} holds no text.")
+    return read
+
+
+def _text(path: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputsError(f"{path}, line {number}: not JSON ({error}).") from None
+    if isinstance(entry, str):
+        return entry
+    found = next(
+        (entry[f] for f in _FIELDS if isinstance(entry, dict) and f in entry), None
+    )
+    if not isinstance(found, str):
+        raise InputsError(
+            f"{path}, line {number}: expected a field {', '.join(_FIELDS)} with a text."
+        )
+    return found
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name)
+    local = path.is_absolute() or name.startswith(".") or path.exists()
+    if local and not (path / "config.json").is_file():
+        raise FileFormatError(f"Expected a model in {path}: no config.json there.")

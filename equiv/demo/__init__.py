@@ -1,0 +1,1 @@
+"""The shipped small model, its two fine-tunes, and the script that made them."""

@@ -1,0 +1,93 @@
+"""A report as one self-contained page: no scripts, nothing fetched from anywhere."""
+
+import io
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equiv.errors import MissingExtraError
+from equiv.report import numbers, plot
+from equiv.report.answer import meaning, radius, unsteered
+from equiv.report.files import write_text
+from equiv.report.values import Scope
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from equiv.report.report import Report
+
+
+def write_html(report: "Report", path: Path) -> None:
+    """Write the page; the file is whole or absent."""
+    write_text(path, to_html(report))
+
+
+def to_html(report: "Report") -> str:
+    """The page as a string.
+
+    Raises:
+        MissingExtraError: If jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingExtraError(
+            "HTML pages need jinja2: pip install 'equiv[report]'."
+        ) from None
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(
+        figure=numbers.figure, percent=numbers.percent, radius=radius
+    )
+    source = files("equiv.report").joinpath("templates/report.html.j2")
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    return template.render(
+        report=report,
+        subject=report.subject,
+        propagated=[r for r in report.rows if r.scope is Scope.PROPAGATED],
+        local=[r for r in report.rows if r.scope is Scope.LOCAL],
+        meaning=meaning(report),
+        pictures=list(_pictures(report)),
+    )
+
+
+def _pictures(report: "Report") -> Iterator[tuple[str, str, str]]:
+    """(title, caption, SVG) of each picture that the report has figures for."""
+    if unsteered(report) is not None:
+        yield (
+            "The ladder",
+            "Share of the change in behaviour that each way of steering recovers. "
+            "Fitted forms on the left, oracles that know the tuned activations on the "
+            "right.",
+            _svg(plot.ladder(report), "ladder"),
+        )
+    yield (
+        "What first order leaves",
+        "Remainder of the exact shift at full size, as a share of it, by layer and site.",
+        _svg(plot.heat_map(report), "heat"),
+    )
+    yield (
+        "The Taylor test",
+        "Relative remainder against the scale of the update: solid from the base "
+        "(falls like t), dashed from the midpoint (falls like t²); darker lines are "
+        "lower layers. Points below the rounding floor are left out.",
+        _svg(plot.taylor(report), "taylor"),
+    )
+
+
+def _svg(made: "Figure", name: str) -> str:
+    """The figure as an SVG element whose ids no other figure shares."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    return text.replace("url(#", f"url(#{name}-")
