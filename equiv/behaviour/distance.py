@@ -34,6 +34,7 @@ class Distances:
     square: float = 0.0
     product: float = 0.0
     loss: float = 0.0
+    loss_tuned: float = 0.0
     labelled: int = 0
     sequences: int = 0
 
@@ -51,7 +52,10 @@ class Distances:
             index = tuple(rows.T)
             self._add_rows(tuned[index].double(), output[index].double())
         if labels is not None and self.has_logits:
-            self._add_loss(output, labels)
+            labels = labels.to(output.device)
+            self.loss += _summed_loss(output, labels)
+            self.loss_tuned += _summed_loss(tuned, labels)
+            self.labelled += int((labels != -100).sum())
 
     def _add_rows(self, tuned: Tensor, output: Tensor) -> None:
         self.tokens += len(tuned)
@@ -64,19 +68,6 @@ class Distances:
             self.square += float(output.square().sum())
             self.tuned_square += float(tuned.square().sum())
         self.per_token.append(kl.cpu().numpy())
-
-    def _add_loss(self, output: Tensor, labels: Tensor) -> None:
-        labels = labels.to(output.device)
-        if (
-            output.ndim == 3 and labels.ndim == 2
-        ):  # next-token labels, as HF shifts them
-            output, labels = output[:, :-1], labels[:, 1:]
-        flat = output.reshape(-1, output.shape[-1]).double()
-        total = torch.nn.functional.cross_entropy(
-            flat, labels.reshape(-1), ignore_index=-100, reduction="sum"
-        )
-        self.loss += float(total)
-        self.labelled += int((labels != -100).sum())
 
     @property
     def tokens_flat(self) -> np.ndarray:
@@ -118,6 +109,16 @@ def kl_divergence(tuned: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     p, q = torch.log_softmax(tuned, -1), torch.log_softmax(output, -1)
     kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
     return kl, tuned.argmax(-1) == output.argmax(-1)
+
+
+def _summed_loss(output: Tensor, labels: Tensor) -> float:
+    """Cross-entropy summed over the labels; -100 is no label."""
+    flat = output.reshape(-1, output.shape[-1]).double()
+    return float(
+        torch.nn.functional.cross_entropy(
+            flat, labels.reshape(-1), ignore_index=-100, reduction="sum"
+        )
+    )
 
 
 def recovered(steered: Distances, unsteered: Distances) -> float | None:

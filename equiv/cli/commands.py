@@ -72,7 +72,7 @@ def check(
     seed: Annotated[int, typer.Option(help="Draws the held-out quarter.")] = 0,
     json: JsonFile = None,
     html: HtmlFile = None,
-) -> int:
+) -> None:
     """Measure how far steering can stand in for an update of a model.
 
     Without a threshold the derivative must be right (second order) at every layer and
@@ -97,18 +97,17 @@ def check(
         progress=True,
     )
     _show(report, json, html)
-    return _status(report, min_recovered)
+    raise typer.Exit(_status(report, min_recovered))
 
 
 @app.command()
-def demo(json: JsonFile = None, html: HtmlFile = None) -> int:
+def demo(json: JsonFile = None, html: HtmlFile = None) -> None:
     """Measure a small shipped Llama and two real fine-tunes of it, full and LoRA."""
     from equiv.cli.demo import run
 
     _check_outputs(json, html)
     report = run()
     _write(report, json, html)
-    return 0
 
 
 def _check_outputs(*paths: Path | None) -> None:

@@ -48,7 +48,8 @@ def _introduction(line: str) -> Text:
         f"    {line}\n\n"
         "It knew MAX, MIN, MED and SM, and was fine-tuned on LAST and RNG: from "
         f"{share('base')} right answers\nto {share('tuned')} in all its weights, to "
-        f"{share('lora')} with LoRA. How much of that can steering its activations do?\n"
+        f"{share('lora')} with LoRA. How much of that can steering its activations "
+        "do?\n"
     )
 
 

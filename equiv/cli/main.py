@@ -9,37 +9,29 @@ from collections.abc import Sequence
 
 from equiv.errors import EquivError
 
-OK, NOT_MET, USAGE = 0, 1, 2
+OK, USAGE = 0, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
     Example:
-        >>> main(["check", "--help"])  # doctest: +ELLIPSIS
-        <BLANKLINE>
-        ...
-        0
+        >>> main(["frobnicate"])  # "No such command", on standard error
+        2
     """
     try:
         from equiv.cli.commands import app
     except ImportError as error:
         print(f"The command line needs more: pip install 'equiv[cli]' ({error})")
         return USAGE
-    import click
-
     try:
-        status = app(args=None if argv is None else list(argv), standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return USAGE
-    except (click.Abort, KeyboardInterrupt):
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return USAGE
+        app(args=None if argv is None else list(argv), prog_name="equiv")
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else OK
     except EquivError as error:
         print(f"equiv: {error}", file=sys.stderr)
         return USAGE
-    return status if isinstance(status, int) else OK
+    return OK
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def make(out: Path, *, seed: int = 0) -> dict[str, Any]:
     base.to(STORED).save_pretrained(out / "base")
     save_tokenizer(out / "base")
 
-    tuned = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    tuned: Any = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     train(tuned, everything, steps=400, batch=128, rate=3e-4, seed=seed + 2)
     tuned.to(STORED).save_pretrained(out / "tuned")
     save_tokenizer(out / "tuned")

@@ -28,9 +28,10 @@ class Batch:
     Attributes:
         arguments: What the model is called with (positional for a plain module).
         mask: Tokens that count, bool [batch, seq], or [batch] for a plain module.
-        labels: Labels, if the caller gave any; never passed to the model.
+        labels: Per output position, what it should predict (−100 for nothing), if the
+            caller gave labels; never passed to the model.
         held_out: Whether fits must not see these sequences.
-        index: Which of the caller's sequences these are.
+        index: Which of the caller's sequences these are, from 0.
     """
 
     arguments: Mapping[str, Any]
@@ -76,7 +77,13 @@ def first_unmasked(mask: Tensor) -> Tensor:
     return mask & (mask.cumsum(dim=1) == 1)
 
 
-def from_inputs(model: nn.Module, inputs: object, tokenizer: Any = None) -> list[Batch]:
+def from_inputs(
+    model: nn.Module,
+    inputs: object,
+    tokenizer: Any = None,
+    *,
+    keep_empty: bool = False,
+) -> list[Batch]:
     """Turn whatever the caller has into batches.
 
     Args:
@@ -85,12 +92,19 @@ def from_inputs(model: nn.Module, inputs: object, tokenizer: Any = None) -> list
             [batch, seq] or features, a mapping of keyword arguments, or an iterable
             of tensors or mappings such as a `DataLoader`.
         tokenizer: A Hugging Face tokenizer; needed for texts.
+        keep_empty: Whether sequences without any token that counts stay.
 
     Raises:
         InputsError: If the inputs are of no such kind, cannot be fed to the model, or
             leave no token to measure.
     """
-    batches = [_checked(model, batch) for batch in _batches(model, inputs, tokenizer)]
+    if isinstance(inputs, str):
+        inputs = [inputs]
+    if isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str):
+        made = _from_texts(model, inputs, tokenizer)
+    else:
+        made = _numbered(_batches(model, inputs))
+    batches = [_checked(model, batch) for batch in made]
     if not batches:
         raise InputsError("Expected at least one batch of inputs, got none.")
     if not any(batch.tokens for batch in batches):
@@ -98,18 +112,14 @@ def from_inputs(model: nn.Module, inputs: object, tokenizer: Any = None) -> list
             "Every token is masked: the attention mask is 0 everywhere, so there is "
             "nothing to measure. Expected at least one token with mask 1."
         )
-    return _numbered(piece for batch in batches for piece in _pieces(batch))
+    return [piece for batch in batches for piece in _pieces(batch, keep_empty)]
 
 
-def _batches(model: nn.Module, inputs: object, tokenizer: Any) -> Iterable[Batch]:
-    if isinstance(inputs, str):
-        inputs = [inputs]
+def _batches(model: nn.Module, inputs: object) -> Iterable[Batch]:
     if isinstance(inputs, Tensor):
         yield _from_tensor(model, inputs)
     elif isinstance(inputs, Mapping):
         yield _from_mapping(model, inputs)
-    elif isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str):
-        yield from _from_texts(model, inputs, tokenizer)
     elif isinstance(inputs, Iterable):
         for entry in inputs:
             if isinstance(entry, Tensor):
@@ -133,7 +143,8 @@ def _batches(model: nn.Module, inputs: object, tokenizer: Any) -> Iterable[Batch
 def _from_texts(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> list[Batch]:
     if model_type(model) is None:
         raise InputsError(
-            f"Texts need a Hugging Face model, got {type(model).__name__}: pass tensors."
+            f"Texts need a Hugging Face model, got {type(model).__name__}: pass "
+            "tensors."
         )
     if tokenizer is None:
         raise InputsError(
@@ -141,25 +152,30 @@ def _from_texts(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> list[
             "for example `AutoTokenizer.from_pretrained(...)`."
         )
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    rows = [
-        torch.tensor(
-            tokenizer(text, truncation=limit is not None, max_length=limit).input_ids
-        )
+    ids = [
+        tokenizer(text, truncation=limit is not None, max_length=limit).input_ids
         for text in texts
     ]
-    rows = sorted((row for row in rows if len(row)), key=len)
+    rows = [torch.tensor(row, dtype=torch.long) for row in ids]
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-    return [_from_mapping(model, _padded(chunk, pad)) for chunk in _similar(rows)]
+    return [
+        replace(
+            _from_mapping(model, _padded([rows[i] for i in chunk], pad)),
+            index=tuple(chunk),
+        )
+        for chunk in _similar([len(row) for row in rows])
+    ]
 
 
-def _similar(rows: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Rows sorted by length, in chunks that fit a micro-batch once padded."""
-    chunk: list[Tensor] = []
-    for row in rows:
-        if chunk and (len(chunk) + 1) * len(row) > MICRO_BATCH_TOKENS:
+def _similar(lengths: Sequence[int]) -> Iterable[list[int]]:
+    """Rows in order of length, in chunks that fit a micro-batch once padded."""
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: lengths[i])
+    chunk: list[int] = []
+    for i in order:
+        if chunk and (len(chunk) + 1) * lengths[i] > MICRO_BATCH_TOKENS:
             yield chunk
             chunk = []
-        chunk.append(row)
+        chunk.append(i)
     if chunk:
         yield chunk
 
@@ -207,7 +223,22 @@ def _from_mapping(model: nn.Module, mapping: Mapping[str, Any]) -> Batch:
         if isinstance(given, Tensor) and given.ndim == 2
         else torch.ones(main.shape[:axes], dtype=torch.bool, device=device)
     )
+    if isinstance(labels, Tensor):
+        labels = _aligned(model, labels.to(device), mask)
     return Batch(arguments, mask, labels, index=tuple(range(main.shape[0])))
+
+
+def _aligned(model: nn.Module, labels: Tensor, mask: Tensor) -> Tensor:
+    """Labels where the prediction stands: a causal model predicts the next token.
+
+    Labels under the mask are dropped, so that padding enters no figure.
+    """
+    if labels.shape != mask.shape or labels.ndim < 2:
+        return labels
+    labels = labels.masked_fill(~mask, -100)
+    if getattr(model, "loss_type", None) in ("ForMaskedLM", "ForTokenClassification"):
+        return labels
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def _checked(model: nn.Module, batch: Batch) -> Batch:
@@ -223,9 +254,11 @@ def _checked(model: nn.Module, batch: Batch) -> Batch:
     return batch
 
 
-def _pieces(batch: Batch) -> Iterable[Batch]:
-    """Micro-batches; sequences without any token that counts are dropped."""
-    rows = [row for row in range(batch.sequences) if bool(batch.mask[row].any())]
+def _pieces(batch: Batch, keep_empty: bool) -> Iterable[Batch]:
+    """Micro-batches, with or without the sequences of which no token counts."""
+    rows = [
+        r for r in range(batch.sequences) if keep_empty or bool(batch.mask[r].any())
+    ]
     per_sequence = max(1, batch.mask[0].numel())
     step = max(1, MICRO_BATCH_TOKENS // per_sequence)
     for start in range(0, len(rows), step):
@@ -233,6 +266,7 @@ def _pieces(batch: Batch) -> Iterable[Batch]:
 
 
 def _numbered(batches: Iterable[Batch]) -> list[Batch]:
+    """Batches with their sequences counted through."""
     numbered, count = [], 0
     for batch in batches:
         index = tuple(range(count, count + batch.sequences))
@@ -246,12 +280,13 @@ def split(batches: Sequence[Batch], share: float, seed: int) -> list[Batch]:
 
     With fewer than two sequences nothing can be held out and none is.
     """
-    total = sum(batch.sequences for batch in batches)
-    if total < 2:
+    everything = sorted(n for batch in batches for n in batch.index)
+    if len(everything) < 2:
         return list(batches)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(total, generator=generator).tolist()
-    held = set(order[: max(1, round(share * total))])
+    order = torch.randperm(len(everything), generator=generator).tolist()
+    count = max(1, round(share * len(everything)))
+    held = {everything[i] for i in order[:count]}
     parts = []
     for batch in batches:
         for flag in (False, True):

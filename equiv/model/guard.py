@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,9 +115,9 @@ def _adapter_layers(model: nn.Module) -> list[tuple[nn.Module, dict[str, bool]]]
     ]
 
 
-def _attention_configs(model: nn.Module) -> list[tuple[object, str]]:
+def _attention_configs(model: nn.Module) -> list[tuple[Any, str]]:
     """Configurations whose attention has no forward-mode derivative."""
-    found: dict[int, tuple[object, str]] = {}
+    found: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         chosen = getattr(config, "_attn_implementation_internal", None)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from equiv.errors import SiteError, UnsupportedModelError
+from equiv.errors import EquivError, InputsError, SiteError, UnsupportedModelError
 from equiv.model.batches import POSITIONAL, Batch
 from equiv.model.families import Blocks, find_blocks
 from equiv.model.precision import arithmetic
@@ -288,7 +288,7 @@ class StagedModel:
         calls: dict[str, list[object]] = {}
 
         def hook_of(name: str) -> Callable[..., None]:
-            return lambda _m, _a, out: calls.setdefault(name, []).append(out)
+            return lambda _m, _a, out: calls.setdefault(name, []).append(_kept(out))
 
         with ExitStack() as stack:
             for name, module in self._modules.items():
@@ -322,8 +322,10 @@ class StagedModel:
             yield
 
     def _site_hook(self, place: Place, site: str) -> Any:
+        in_place = self.blocks is None  # a ReLU(inplace=True) may come next
+
         def at(activation: Tensor) -> Tensor:
-            self._active.seen[site] = activation
+            self._active.seen[site] = activation.clone() if in_place else activation
             steer = self._active.steer.get(site)
             return activation if steer is None else activation + steer(activation)
 
@@ -362,13 +364,17 @@ class StagedModel:
 
 
 def _distinct(outputs: Mapping[str, Tensor], final: Tensor) -> tuple[str, ...]:
-    """Names whose outputs are not one and the same tensor, nor the final output."""
-    seen, kept = {id(final)}, []
+    """Names whose outputs differ from each other and from the final output."""
+    kept: dict[str, Tensor] = {}
     for name, output in outputs.items():
-        if id(output) not in seen:
-            seen.add(id(output))
-            kept.append(name)
+        if not any(torch.equal(output, other) for other in (final, *kept.values())):
+            kept[name] = output
     return tuple(kept)
+
+
+def _kept(output: object) -> object:
+    """A copy of an activation: a later module may change it in place."""
+    return output.clone() if isinstance(output, Tensor) else output
 
 
 def takes_factors(module: nn.Module) -> bool:
@@ -401,10 +407,21 @@ def staged(
         dtype: Compute dtype; parameters are cast stage by stage.
         sites: Sites to capture; `None` means all.
         low_names: Weights that will be given low-rank updates.
+
+    Raises:
+        InputsError: If the model cannot be run on the batches.
+        SiteError: If a site does not exist.
     """
     with arithmetic(dtype):
         cut = StagedModel(model, batches, dtype)
-        cut.cut(sites)
+        try:
+            cut.cut(sites)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            if isinstance(error, EquivError):
+                raise
+            raise InputsError(
+                f"{type(model).__name__} cannot be run on these inputs: {error}"
+            ) from error
         with cut.hooked(low_names):
             yield cut
 

@@ -1,0 +1,1 @@
+"""The frozen result, one file per rendering."""

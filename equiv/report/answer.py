@@ -64,8 +64,8 @@ def failure(report: "Report") -> str:
     ]
     lines += [f"  {_complaint(report, row)}" for row in failing]
     lines.append(
-        "`print(report)` shows every layer; `update.scaled(t)` with t within the radius "
-        "passes; `max_remainder=None` asks for the order alone."
+        "`print(report)` shows every layer; `update.scaled(t)` with t within the "
+        "radius passes; `max_remainder=None` asks for the order alone."
     )
     return "\n".join(lines)
 
@@ -185,9 +185,9 @@ def meaning(report: "Report") -> list[str]:
     row, none = best(report), unsteered(report)
     if row is not None and none is not None and (row.recovered or 0) > 0:
         said.append(
-            f"The best small steering that was fitted, {row.rung} at {row.site} in every "
-            f"layer, makes up for {percent(row.recovered)} of the change in behaviour "
-            f"with {row.num_parameters:,} numbers."
+            f"The best small steering that was fitted, {row.rung} at {row.site} in "
+            f"every layer, makes up for {percent(row.recovered)} of the change in "
+            f"behaviour with {row.num_parameters:,} numbers."
         )
     oracle = _exact_oracle(report)
     if row is not None and oracle is not None and oracle.recovered is not None:

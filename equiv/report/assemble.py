@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from equiv.behaviour.distance import Distances, interval, recovered
@@ -189,10 +190,11 @@ def _row(
         recovered=share,
         recovered_low=low,
         recovered_high=high,
-        distance_p999=float(torch.tensor(values).quantile(0.999)) if kl else None,
+        distance_p999=float(np.quantile(values, 0.999)) if kl else None,
         distance_max=float(values.max()) if kl else None,
         same_top=found.same_top / found.tokens if kl and found.tokens else None,
         loss=found.loss / found.labelled if found.labelled else None,
+        loss_tuned=found.loss_tuned / found.labelled if found.labelled else None,
         output_difference=None if kl else found.mean**0.5,
         output_cosine=None if kl else found.cosine,
         strength=label.strength,

@@ -66,7 +66,8 @@ def _pictures(report: "Report") -> Iterator[tuple[str, str, str]]:
         )
     yield (
         "What first order leaves",
-        "Remainder of the exact shift at full size, as a share of it, by layer and site.",
+        "Remainder of the exact shift at full size, as a share of it, by layer and "
+        "site.",
         _svg(plot.heat_map(report), "heat"),
     )
     yield (

@@ -111,11 +111,9 @@ def heat_map(report: "Report") -> "Figure":
     titles = ["from the base", "from the midpoint"][: 1 + midpoint]
     layers = list(dict.fromkeys(row.layer for row in rows))
     sites = list(dict.fromkeys(row.site for row in rows))
-    if len(layers) <= 2:  # sites as rows read better than a single long row
-        height = 0.6 + 0.32 * len(sites)
-    else:
-        height = 0.9 + 0.32 * len(layers)
-    made = _figure(9.0, max(2.0, height))
+    # With few layers sites become the rows: better to read than a single long row.
+    lines = len(sites) if len(layers) <= 2 else len(layers) + 1
+    made = _figure(9.0, max(2.0, 0.6 + 0.32 * lines))
     panels = made.subplots(1, len(titles), squeeze=False)[0]
     for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         values = {

@@ -62,8 +62,8 @@ def _subject(report: "Report") -> str:
     held = f", {s.held_out_sequences} of them held out" if s.held_out_sequences else ""
     return (
         f"{s.model}, {s.num_parameters:,} parameters, {s.num_layers} layers · "
-        f"{s.update}, {percent(s.update_relative_norm)} of the weights' norm · {s.inputs} "
-        f"inputs: {tokens}{held}"
+        f"{s.update}, {percent(s.update_relative_norm)} of the weights' norm · "
+        f"{s.inputs} inputs: {tokens}{held}"
     )
 
 
@@ -204,15 +204,16 @@ def _best_lines(report: "Report") -> Iterator[str]:
     row = best(report)
     if row is not None and row.measure == "kl":
         yield (
-            f"{row.rung} at {row.site}: KL {figure(row.distance)} nats per token (99.9 % "
-            f"of tokens below {figure(row.distance_p999)}, largest "
+            f"{row.rung} at {row.site}: KL {figure(row.distance)} nats per token (99.9 "
+            f"% of tokens below {figure(row.distance_p999)}, largest "
             f"{figure(row.distance_max)}), same top token {percent(row.same_top)}, "
             f"strength {row.strength}"
         )
     elif row is not None:
         yield (
-            f"{row.rung} at {row.site}: output off by {percent(row.output_difference)}, "
-            f"cosine {figure(row.output_cosine, 5)}, strength {row.strength}"
+            f"{row.rung} at {row.site}: output off by "
+            f"{percent(row.output_difference)}, cosine "
+            f"{figure(row.output_cosine, 5)}, strength {row.strength}"
         )
     alone = [r for r in report.behaviour if r.layers not in ("all", "") and r.site]
     if alone:

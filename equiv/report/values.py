@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The four ratios that texts call "coverage", per layer, each under its own name."""
+    """The four ratios that texts call "coverage", each under its own name."""
 
     layer: int
     scope: Scope
@@ -117,7 +117,8 @@ class Behaviour:
     distance_p999: float | None
     distance_max: float | None
     same_top: float | None
-    loss: float | None
+    loss: float | None  # mean cross-entropy on the labels, in nats
+    loss_tuned: float | None  # that of the tuned model
     output_difference: float | None
     output_cosine: float | None
     strength: float | None

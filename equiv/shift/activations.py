@@ -30,8 +30,8 @@ class Shift:
     """What an update does to one activation.
 
     All tensors are [batch, seq, d] ([batch, d] for a plain module), in the compute
-    dtype. Sequences stand in the order of the micro-batches; batches of other lengths
-    are padded on the right, with the mask false.
+    dtype. Sequences stand in the caller's order; where batches differ in length the
+    shorter are padded on the right, with the mask false.
 
     Attributes:
         layer: Index of the block.
@@ -169,7 +169,7 @@ def shifts(
         raise SiteError(f"Expected `layers` within 0…{count - 1}, got {list(picked)}.")
     if unknown := [s for s in chosen or () if blocks is not None and s not in SITES]:
         raise SiteError(f"Expected sites in {', '.join(SITES)}, got {unknown}.")
-    batches = from_inputs(model, inputs, tokenizer)
+    batches = from_inputs(model, inputs, tokenizer, keep_empty=True)
     return Shifts(model, update, batches, dtype, chosen, picked)
 
 
@@ -192,7 +192,9 @@ def _gather(
         }
         for name, value in values.items():
             parts.setdefault(name, []).append(value)
-    return Shift(layer, site, **{name: _joined(list_) for name, list_ in parts.items()})
+    index = torch.tensor([n for trace in traces for n in batches[trace.batch].index])
+    order = index.argsort()
+    return Shift(layer, site, **{n: _joined(p)[order] for n, p in parts.items()})
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from equiv.errors import ForwardModeError
 from equiv.model.stages import (
     Sites,
     Stage,
@@ -140,6 +141,9 @@ def propagate(
         local: Whether the local values are wanted too.
 
     The traces of a stage must be used up before the next stage is asked for.
+
+    Raises:
+        ForwardModeError: If an operation of the model has no forward-mode derivative.
     """
     streams = [_Stream() for _ in cut.batches]
     wanted = (
@@ -294,5 +298,12 @@ class _Pass:
             self.delta.dense,
             {"h": dh} if moving_h else {},
         )
-        (out, sites), (dout, dsites) = jvp(stage_at, primals, directions)
+        try:
+            values, tangents = jvp(stage_at, primals, directions)[:2]
+        except NotImplementedError as error:
+            raise ForwardModeError(
+                f"An operation in {self.stage.name} {self.stage.layer} has no "
+                f"forward-mode derivative in PyTorch: {error}"
+            ) from error
+        (out, sites), (dout, dsites) = values, tangents
         return out, sites, dout, dsites

@@ -1,4 +1,4 @@
-"""The shift at full size (t = 1), per layer, site and scope, and the coverage ratios."""
+"""The shift at full size (t = 1) per layer, site and scope, and the coverage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from equiv.errors import ArgumentError
-from equiv.steering.forms import FORMS, Affine, Steering, Vector, zero_like
+from equiv.steering.forms import FORMS, Affine, Steering, Vector
 
 # One thousandth of the mean variance: fits on few tokens stay bounded, and with
 # enough tokens the misfit changes in the fourth digit.
@@ -87,9 +87,6 @@ class Regression:
     """Vector and affine maps of every rank from one decomposition of the moments."""
 
     def __init__(self, moments: Moments, ridge: float = RIDGE) -> None:
-        self.empty = moments.n == 0 or moments.x is None
-        if self.empty:
-            return
         assert moments.x is not None and moments.y is not None
         assert moments.xx is not None and moments.xy is not None
         n, d = moments.n, moments.width
@@ -195,9 +192,3 @@ def fitted_tokens(base: Tensor, mask: Tensor | None, first_position: bool) -> Te
     if mask.ndim < 2 or first_position:
         return mask
     return mask & (mask.cumsum(dim=1) != 1)
-
-
-def best_fit(moments: Moments, form: str, rank: int | None, ridge: float) -> Steering:
-    """The fit, or no steering at all where there was nothing to fit."""
-    regression = Regression(moments, ridge)
-    return zero_like(1) if regression.empty else regression.form(form, rank)

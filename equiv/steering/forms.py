@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 FORMS = ("vector", "affine")
@@ -34,6 +33,7 @@ class Vector(Steering):
     """A fixed vector: shift = v, whatever h is.
 
     Example:
+        >>> import torch
         >>> steering = Vector(torch.tensor([1.0, -1.0]))
         >>> steering(torch.zeros(3, 2)).shape, steering.num_parameters
         (torch.Size([3, 2]), 2)
@@ -60,6 +60,7 @@ class Affine(Steering):
     """A low-rank affine map: shift = up (down h) + bias.
 
     Example:
+        >>> import torch
         >>> steering = Affine(torch.eye(2)[:1], torch.tensor([[0.0], [2.0]]),
         ...                   torch.zeros(2))
         >>> steering(torch.tensor([3.0, 5.0]))
@@ -116,13 +117,3 @@ class Overwrite(Steering):
         if strength != 1:
             raise ValueError(f"Expected strength 1 for an overwrite, got {strength}.")
         return self
-
-
-def zero_like(width: int) -> Vector:
-    """The steering that does nothing.
-
-    Example:
-        >>> zero_like(2)(torch.ones(2))
-        tensor([0., 0.])
-    """
-    return Vector(torch.zeros(width, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""`equiv.fit_sequential`: steering for every layer, each fitted on the steered stream."""
+"""`equiv.fit_sequential`: steering per layer, each fitted on the steered stream."""
 
 from collections.abc import Sequence
 from typing import Any

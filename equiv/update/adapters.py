@@ -1,4 +1,4 @@
-"""Updates from PEFT adapters: plain LoRA in factors, anything else merged minus base."""
+"""Updates from PEFT adapters: plain LoRA in factors, all else merged minus base."""
 
 import copy
 import json
@@ -33,10 +33,16 @@ def from_model(adapted: nn.Module) -> Update:
         deltas = _lora_factors(base)
         if deltas:
             return Update.from_dict(deltas, source="LoRA")
-    merged = copy.deepcopy(adapted).merge_and_unload()  # pyright: ignore
+    kind = next(iter(adapted.peft_config.values())).peft_type  # pyright: ignore
+    try:
+        merged = copy.deepcopy(adapted).merge_and_unload()  # pyright: ignore
+    except AttributeError:
+        raise UpdateError(
+            f"A {kind} adapter cannot be merged into its base: it is no weight update. "
+            "Expected a kind that PEFT can merge."
+        ) from None
     before = {_clean(n): p for n, p in base.named_parameters() if _is_own(n)}
     after = dict(merged.named_parameters())
-    kind = next(iter(adapted.peft_config.values())).peft_type  # pyright: ignore
     return Update.from_state_dicts(before, after, source=f"{kind} adapter")
 
 
@@ -64,9 +70,9 @@ def from_directory(path: str | Path) -> Update:
     config = _read_config(folder)
     if not is_plain_lora(config):
         raise UpdateError(
-            f"{folder} is a {config.get('peft_type')} adapter with parts that only PEFT "
-            "can merge. Load it with `PeftModel.from_pretrained(model, ...)` and pass "
-            "that."
+            f"{folder} is a {config.get('peft_type')} adapter with parts that only "
+            "PEFT can merge. Load it with `PeftModel.from_pretrained(model, ...)` and "
+            "pass that."
         )
     weights = read_safetensors(folder / "adapter_model.safetensors")
     deltas: dict[str, Delta] = {}
@@ -85,10 +91,15 @@ def from_directory(path: str | Path) -> Update:
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
     """Whether an adapter configuration is LoRA with nothing beside the factors."""
     extras = (
-        "use_dora",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "layer_replication",
+        "lora_bias",
         "modules_to_save",
         "target_parameters",
         "trainable_token_indices",
+        "use_dora",
+        "use_qalora",
     )
     return (
         config.get("peft_type") == "LORA"
@@ -108,8 +119,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     if not path.is_file():
         raise FileFormatError(
-            f"Expected {path}, which does not exist. Only safetensors are read: loading "
-            "a file must never run code."
+            f"Expected {path}, which does not exist. Only safetensors are read: "
+            "loading a file must never run code."
         )
     try:
         return load_file(path)
@@ -150,10 +161,9 @@ def _factors(down: Tensor, up: Tensor, scaling: float, transposed: bool) -> LowR
     return LowRank(right.T, left.T) if transposed else LowRank(left, right)
 
 
-def _all_plain_lora(adapted: nn.Module) -> bool:
-    configs = adapted.peft_config  # pyright: ignore
-    active = adapted.active_adapters  # pyright: ignore
-    return all(is_plain_lora(_as_dict(configs[name])) for name in active)
+def _all_plain_lora(adapted: Any) -> bool:
+    active = adapted.active_adapters
+    return all(is_plain_lora(_as_dict(adapted.peft_config[name])) for name in active)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
@@ -167,9 +177,10 @@ def _as_dict(config: Any) -> dict[str, Any]:
 def _lora_factors(base: nn.Module) -> dict[str, Delta]:
     """Factors of every LoRA layer, active adapters side by side."""
     deltas: dict[str, Delta] = {}
-    for name, module in base.named_modules():
-        if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
+    for name, found in base.named_modules():
+        if not (hasattr(found, "lora_A") and hasattr(found, "base_layer")):
             continue
+        module: Any = found  # PEFT's own classes, which may not be installed
         inner = module.base_layer
         if not isinstance(inner, nn.Linear) and type(inner).__name__ != "Conv1D":
             return {}  # embeddings, convolutions: leave it to PEFT's own merge

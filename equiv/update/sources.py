@@ -86,7 +86,7 @@ def _load_model(model: nn.Module, name: str) -> nn.Module:
     loader = getattr(type(model), "from_pretrained", None)
     if loader is None:
         raise UpdateError(
-            f"{type(model).__name__} cannot load {name!r}: only Hugging Face models can "
-            "be read from a path or hub id. Pass the tuned model itself."
+            f"{type(model).__name__} cannot load {name!r}: only Hugging Face models "
+            "can be read from a path or hub id. Pass the tuned model itself."
         )
     return loader(name, dtype="auto", use_safetensors=True)

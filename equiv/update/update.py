@@ -70,8 +70,8 @@ class Update:
         if missing := sorted(base.keys() ^ tuned.keys()):
             side = "tuned" if missing[0] in base else "base"
             raise UpdateMismatchError(
-                f"Expected the same parameters on both sides, but {len(missing)} are on "
-                f"one side only: `{missing[0]}` is missing from {side}."
+                f"Expected the same parameters on both sides, but {len(missing)} are "
+                f"on one side only: `{missing[0]}` is missing from {side}."
             )
         deltas: dict[str, Delta] = {}
         norms: dict[str, float] = {}
@@ -211,8 +211,8 @@ class Update:
             norms = {n: norm_of(weights[n].detach()) for n in self.deltas}
         if not self.deltas.keys() <= norms.keys():
             raise UpdateError(
-                "The weights that this update belongs to are not known. Pass the model: "
-                "`update.relative_norm(model)`."
+                "The weights that this update belongs to are not known. Pass the "
+                "model: `update.relative_norm(model)`."
             )
         base = math.sqrt(sum(norms[name] ** 2 for name in self.deltas))
         return self.norm() / base if base else math.inf
