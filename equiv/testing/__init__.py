@@ -1,0 +1,1 @@
+"""For tests, this project's and yours: small models and hypothesis strategies."""
