@@ -169,6 +169,7 @@ class _Calculus:
     curves: dict[RowKey, Curve]
     radii: dict[Question, Radius]
     superposition: Superposition | None
+    tokens: int
 
 
 class _Run:
@@ -206,8 +207,9 @@ class _Run:
 
     def calculus(self) -> _Calculus:
         """Orders in float64, radii, superposition; on at most 256 tokens."""
-        few = at_most(self.batches, CALCULUS_TOKENS)
         settings = self.settings
+        few = at_most(self.batches, CALCULUS_TOKENS, settings.seed)
+        tokens = sum(batch.tokens for batch in few)
         with self._staged(few, settings.order_dtype) as cut:
             selection = self._selection(cut)
             found = curves(
@@ -221,7 +223,7 @@ class _Run:
             if cut.blocks is not None and cut.num_layers <= MAX_BLOCKS:
                 together = superposition(cut, self.update, low=tuple(self.low))
         if self.kind == "random":
-            return _Calculus(found, {}, together)
+            return _Calculus(found, {}, together, tokens)
         with self._staged(few, settings.full_dtype) as cut:
             reach = radii(
                 cut,
@@ -231,7 +233,7 @@ class _Run:
                 selection=selection,
                 midpoint=settings.midpoint,
             )
-        return _Calculus(found, reach, together)
+        return _Calculus(found, reach, together, tokens)
 
     def report(self, calculus: _Calculus) -> Report:
         """The full pass, and everything put together."""
@@ -248,7 +250,7 @@ class _Run:
             plain_add = bool(cut.blocks and cut.blocks.architecture.plain_add)
             parameters = sum(p.numel() for p in self.model.parameters())
             return Report(
-                subject=self._subject(cut, parameters, width),
+                subject=self._subject(cut, parameters, width, calculus.tokens),
                 rows=assemble.rows(
                     table.rows,
                     calculus.curves,
@@ -331,7 +333,9 @@ class _Run:
                     ladder.finish(stage, tensors, trace)
             hidden = {t.batch: t.values[0.0][stage.output] for t in kept}
 
-    def _subject(self, cut: StagedModel, parameters: int, width: int | None) -> Subject:
+    def _subject(
+        self, cut: StagedModel, parameters: int, width: int | None, few: int
+    ) -> Subject:
         settings = self.settings
         return Subject(
             model=f"{type(self.model).__name__}",
@@ -346,6 +350,7 @@ class _Run:
             sequences=sum(b.sequences for b in self.batches),
             tokens=sum(b.tokens for b in self.batches),
             held_out_sequences=sum(b.sequences for b in self.batches if b.held_out),
+            calculus_tokens=few,
             seed=settings.seed,
             at=settings.at,
             target=settings.target,

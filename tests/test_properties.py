@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+import witness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
 import equiv
-import witness
 from equiv.report.values import Verdict
 from equiv.testing.models import SMOOTH, mlp, transformer
 from equiv.testing.strategies import Case, mlp_cases, seeds, transformer_cases
@@ -240,10 +240,8 @@ def test_a_wrong_derivative_is_caught(seed: int) -> None:
 @FEW
 @given(transformer_cases(relative_norms=(0.1,)))
 def test_float64_stays_float64_inside_hugging_face_models(case: Case) -> None:
-    """A float32 norm or softmax leaves noise of 1e-8; at t = 2⁻¹⁰ it buries t² terms."""
-    base, first = witness.whole_jvp(
-        case.model, case.update, {"input_ids": case.inputs}
-    )
+    """A float32 norm or softmax leaves noise of 1e-8, which buries t² at t = 2⁻¹⁰."""
+    base, first = witness.whole_jvp(case.model, case.update, {"input_ids": case.inputs})
     report = equiv.check(case.model, case.update, case.inputs, forms=())
     logits = next(row for row in report.rows if row.site == "logits")
     finest, next_ = (

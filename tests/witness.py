@@ -25,7 +25,7 @@ _LLAMA = {
     "block_out": ("", "output"),
 }
 PLACES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
-    **{f: ("model.layers", _LLAMA) for f in ("llama", "mistral", "qwen2", "qwen3")},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("model.layers", _LLAMA)),
     "gpt2": ("transformer.h", {**_LLAMA, "attn_out": ("attn", "output")}),
     "bert": (
         "bert.encoder.layer",

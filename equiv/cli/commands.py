@@ -123,7 +123,7 @@ def _show(report: "Report", json: Path | None, html: Path | None) -> None:
     from equiv.report.text import WIDTH, rendered
 
     console = Console(highlight=False)
-    console.print(rendered(report), width=max(WIDTH, min(console.width, 120)))
+    console.print(rendered(report), width=max(WIDTH, min(console.width, 100)))
     _write(report, json, html)
 
 

@@ -17,14 +17,14 @@ from equiv.demo.loading import (
 from equiv.report.answer import best, unsteered
 from equiv.report.numbers import figure, percent
 from equiv.report.report import Report
-from equiv.report.text import rendered
+from equiv.report.text import WIDTH, rendered
 
 SEQUENCES = 256
 
 
 def run() -> Report:
     """Check the full fine-tune and the LoRA; print both; return the first's report."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=WIDTH)
     base, tokenizer = load_base(), load_tokenizer()
     lines = texts(SEQUENCES)
     console.print(_introduction(lines[0]))

@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"The command line needs more: pip install 'equiv[cli]' ({error})")
         return USAGE
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         app(args=None if argv is None else list(argv), prog_name="equiv")
     except SystemExit as left:

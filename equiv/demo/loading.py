@@ -15,6 +15,8 @@ CARD = _FOLDER / "card.json"
 
 OLD = ("MAX", "MIN", "MED", "SM")
 NEW = ("LAST", "RNG")
+EVENLY = (*OLD, *NEW)  # what the fine-tunes are trained on
+RARELY = (*OLD * 9, *NEW)  # what the base is trained on: one new operator in nineteen
 
 
 def load_base() -> "LlamaForCausalLM":
@@ -41,7 +43,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
         >>> texts(2) == texts(3)[:2]
         True
     """
-    examples = islice(generate((*OLD, *NEW), seed, held_out=True), count)
+    examples = islice(generate(EVENLY, seed, held_out=True), count)
     return [f"{example.text} {example.answer}" for example in examples]
 
 

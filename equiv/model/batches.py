@@ -296,19 +296,28 @@ def split(batches: Sequence[Batch], share: float, seed: int) -> list[Batch]:
     return parts
 
 
-def at_most(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """The first sequences that together have at most `tokens` tokens (at least one)."""
-    kept: list[Batch] = []
+def at_most(batches: Sequence[Batch], tokens: int, seed: int) -> list[Batch]:
+    """Sequences drawn by `seed` that together have at most `tokens` tokens.
+
+    Drawn, because batches of texts come in the order of their length. There is always
+    one sequence at least.
+    """
+    counts = {
+        n: int(batch.mask[row].sum())
+        for batch in batches
+        for row, n in enumerate(batch.index)
+    }
+    everything = sorted(counts)
+    generator = torch.Generator().manual_seed(seed)
+    chosen: set[int] = set()
     room = tokens
-    for batch in batches:
-        counts = batch.mask.reshape(batch.sequences, -1).sum(1).tolist()
-        rows = []
-        for row, count in enumerate(counts):
-            if count <= room or not (kept or rows):
-                rows.append(row)
-                room -= count
-        if rows:
-            kept.append(batch.select(rows))
-        if room <= 0:
-            break
-    return kept
+    for i in torch.randperm(len(everything), generator=generator).tolist():
+        n = everything[i]
+        if counts[n] <= room or not chosen:
+            chosen.add(n)
+            room -= counts[n]
+    picked = [
+        (batch, [row for row, n in enumerate(batch.index) if n in chosen])
+        for batch in batches
+    ]
+    return [batch.select(rows) for batch, rows in picked if rows]

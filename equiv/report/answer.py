@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from equiv.report.numbers import figure, percent, scale
-from equiv.report.values import Behaviour, Radius, Row, Verdict
+from equiv.report.values import Behaviour, Radius, Row, Subject, Verdict
 
 if TYPE_CHECKING:
     from equiv.report.report import Report
@@ -14,6 +14,23 @@ RANDOM_INPUTS = "not measured: random inputs"
 def headline(report: "Report") -> str:
     """Line one of every rendering."""
     return f"{_replacement(report)}; {_first_order(report)}"
+
+
+_KINDS = {
+    "random": "random inputs",
+    "samples": "samples of both models",
+    "texts": "texts",
+    "given": "given inputs",
+}
+
+
+def inputs(subject: Subject) -> str:
+    """What was measured on, in words."""
+    held = subject.held_out_sequences
+    return (
+        f"{_KINDS.get(subject.inputs, subject.inputs)}: {subject.tokens:,} tokens in "
+        f"{subject.sequences:,} sequences" + (f", {held:,} held out" if held else "")
+    )
 
 
 def best(report: "Report") -> Behaviour | None:
@@ -191,10 +208,15 @@ def meaning(report: "Report") -> list[str]:
         )
     oracle = _exact_oracle(report)
     if row is not None and oracle is not None and oracle.recovered is not None:
+        rest = (
+            ""
+            if oracle.recovered > 0.995
+            else "; the rest is what the update does after the last site, in the head"
+        )
         said.append(
             f"Setting {oracle.site} to the tuned model's own activation recovers "
-            f"{percent(oracle.recovered)}: no steering at this site is meant to do "
-            "better, and the difference is the price of the form."
+            f"{percent(oracle.recovered)}{rest}. The difference to that is the price "
+            "of the form."
         )
     return said
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from equiv.errors import MissingExtraError
 from equiv.report import numbers, plot
-from equiv.report.answer import meaning, radius, unsteered
+from equiv.report.answer import inputs, meaning, radius, unsteered
 from equiv.report.files import write_text
 from equiv.report.values import Scope
 
@@ -40,7 +40,7 @@ def to_html(report: "Report") -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters.update(
-        figure=numbers.figure, percent=numbers.percent, radius=radius
+        figure=numbers.figure, percent=numbers.percent, radius=radius, inputs=inputs
     )
     source = files("equiv.report").joinpath("templates/report.html.j2")
     template = environment.from_string(source.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from equiv.errors import ArgumentError, MissingExtraError
+from equiv.model.sites import LOGITS, OUTPUT
 from equiv.report.answer import unsteered
 from equiv.report.numbers import figure, scale
 from equiv.report.values import Behaviour, Row, Scope, Verdict
@@ -141,7 +142,9 @@ def _heat_panel(
             grid[layers.index(layer), sites.index(site)] = max(value, 1e-6)
     grid = grid.T if flip else grid
     axes.imshow(grid, cmap="viridis_r", norm=LogNorm(1e-3, 1), aspect="auto")
-    down, across = (sites, layers) if flip else (layers, sites)
+    ends = {layer: site for layer, site in values if site in (LOGITS, OUTPUT)}
+    named = [ends.get(layer, layer) if not flip else layer for layer in layers]
+    down, across = (sites, named) if flip else (named, sites)
     axes.set_yticks(range(len(down)), [str(d) for d in down])
     axes.set_xticks(range(len(across)), [str(a) for a in across])
     axes.tick_params(length=0)

@@ -7,14 +7,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from equiv.report.answer import RANDOM_INPUTS, best, meaning, unsteered
+from equiv.report.answer import RANDOM_INPUTS, best, inputs, meaning, unsteered
 from equiv.report.numbers import figure, percent, scale
 from equiv.report.values import Behaviour, Radius, Row, Scope, Verdict
 
 if TYPE_CHECKING:
     from equiv.report.report import Report
 
-WIDTH = 100
+WIDTH = 80
 # Remainders up to each bound, with the shade and colour that stand for them.
 _SHADES = (
     (0.01, "·", "on #1a9850"),
@@ -26,7 +26,7 @@ _SHADES = (
 
 
 def to_text(report: "Report") -> str:
-    """The report as plain text, at most 100 columns wide."""
+    """The report as plain text, at most 80 columns wide."""
     console = Console(width=WIDTH, no_color=True, highlight=False, force_terminal=False)
     with console.capture() as captured:
         console.print(rendered(report))
@@ -51,6 +51,7 @@ def _sections(report: "Report") -> Iterator[RenderableType]:
     yield Text("")
     yield from _behaviour(report)
     yield from _by_layer(report)
+    yield from _coverage(report)
     yield Text("What this means", style="bold")
     yield from (Text(f"  {line}") for line in meaning(report))
     yield from (Text(f"Note: {note}.", style="dim") for note in report.notes)
@@ -58,12 +59,10 @@ def _sections(report: "Report") -> Iterator[RenderableType]:
 
 def _subject(report: "Report") -> str:
     s = report.subject
-    tokens = f"{s.tokens} tokens in {s.sequences} sequences"
-    held = f", {s.held_out_sequences} of them held out" if s.held_out_sequences else ""
     return (
         f"{s.model}, {s.num_parameters:,} parameters, {s.num_layers} layers · "
         f"{s.update}, {percent(s.update_relative_norm)} of the weights' norm · "
-        f"{s.inputs} inputs: {tokens}{held}"
+        f"{inputs(s)}"
     )
 
 
@@ -72,23 +71,27 @@ def _shift_table(report: "Report") -> RenderableType:
     sites = list(dict.fromkeys(row.site for row in rows))
     layers = list(dict.fromkeys(row.layer for row in rows))
     cells = {(row.layer, row.site): row for row in rows}
-    title = (
-        "Remainder of the shift at full size, first order from the base | from the "
-        "midpoint, and radius t"
-    )
+    title = "Share of the shift that first order misses, from the base | the midpoint"
     if len(layers) <= 2 and len(sites) > 5:
         return _by_site(rows, title)
     inside = [s for s in sites if any((layer, s) in cells for layer in layers[:-1])]
-    table = _table("layer", *inside)
+    ends = [row for row in rows if row.site not in inside]
+    missed, reach = _table("layer", *inside), _table("layer", *inside)
     for layer in layers:
         found = [cells.get((layer, site)) for site in inside]
         if any(found):
-            table.add_row(str(layer), *(_cell(report, row) for row in found))
-    ends = [row for row in rows if row.site not in inside]
+            missed.add_row(str(layer), *(_cell(report, row) for row in found))
+            reach.add_row(str(layer), *(_reaches(row) for row in found))
     for row in ends:
         filler = [Text("")] * (len(inside) - 1)
-        table.add_row(row.site, *filler, _cell(report, row))
-    return _titled(title, table)
+        missed.add_row(row.site, *filler, _cell(report, row))
+        reach.add_row(row.site, *filler, _reaches(row))
+    parts = [_titled(title, missed), Text(_legend())]
+    if any(row.radius is not None for row in rows):
+        limit = percent(report.subject.tolerance)
+        within = f"Radius: share of the update up to which it misses at most {limit}"
+        parts += [Text(""), _titled(within, reach)]
+    return Group(*parts)
 
 
 def _by_site(rows: Sequence[Row], title: str) -> RenderableType:
@@ -101,7 +104,7 @@ def _by_site(rows: Sequence[Row], title: str) -> RenderableType:
             _reach(row.radius),
             _reach(row.radius_midpoint),
         )
-    return _titled(title, table)
+    return Group(_titled(title, table), Text(_legend()))
 
 
 def _titled(title: str, table: Table) -> RenderableType:
@@ -121,20 +124,24 @@ def _cell(report: "Report", row: Row | None) -> Text:
         return Text("")
     if row.order.verdict is Verdict.NOT_APPLICABLE:
         return Text("no shift", style="dim")
-    midpoint = (
-        ""
-        if row.remainder_midpoint is None
-        else f"|{figure(row.remainder_midpoint, 2)}"
-    )
-    reach = "" if row.radius is None else f" t{_reach(row.radius)}"
-    text = f"{figure(row.remainder, 2)}{midpoint}{reach}"
+    text = figure(row.remainder, 2)
+    if row.remainder_midpoint is not None:
+        text += f" | {figure(row.remainder_midpoint, 2)}"
     return _shaded(report.judged_remainder(row), text)
+
+
+def _reaches(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.radius_midpoint is None:
+        return _reach(row.radius)
+    return f"{_reach(row.radius)} | {_reach(row.radius_midpoint)}"
 
 
 def _reach(radius: Radius | None) -> str:
     if radius is None:
         return "–"
-    return f"{'≥' if radius.at_least else '='}{scale(radius.value)}"
+    return f"{'≥ ' if radius.at_least else ''}{scale(radius.value)}"
 
 
 def _shaded(value: float | None, text: str) -> Text:
@@ -144,20 +151,26 @@ def _shaded(value: float | None, text: str) -> Text:
     return Text.assemble((shade * 2, f"black {style}"), " ", text)
 
 
+def _legend() -> str:
+    bounds = [
+        f"{shade * 2} ≤ {percent(bound)}"
+        if bound != float("inf")
+        else f"{shade * 2} more"
+        for bound, shade, _ in _SHADES
+    ]
+    return " ".join(bounds)
+
+
 def _orders(report: "Report") -> Iterator[str]:
-    yield (
-        "Shade: "
-        + ", ".join(
-            f"{shade} ≤ {percent(bound)}" if bound != float("inf") else f"{shade} more"
-            for bound, shade, _ in _SHADES
-        )
-        + " of the shift left."
-    )
     counts: dict[str, int] = {}
     for row in report.rows:
         counts[row.order.verdict] = counts.get(row.order.verdict, 0) + 1
     said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-    yield f"Second order (Taylor test), over {len(report.rows)} rows: {said}."
+    tokens = report.subject.calculus_tokens
+    yield (
+        f"Second order (Taylor test), over {len(report.rows)} rows: {said}; orders "
+        f"and radii on {tokens:,} tokens."
+    )
     for row in report.rows:
         if row.order.verdict in (Verdict.FAILS, Verdict.INCONCLUSIVE):
             yield (
@@ -186,7 +199,8 @@ def _behaviour(report: "Report") -> Iterator[RenderableType]:
     cells = {(row.rung, row.site): row for row in every}
     for rung in rungs:
         found = (cells.get((rung, site)) for site in sites)
-        table.add_row(rung, *(_recovered(row) for row in found))
+        name = rung.replace("first-order", "1st-order")
+        table.add_row(name, *(_recovered(row) for row in found))
     yield _titled(title, table)
     yield from (Text(line) for line in _best_lines(report))
     yield Text("")
@@ -196,8 +210,8 @@ def _recovered(row: Behaviour | None) -> Text:
     if row is None or row.recovered is None:
         return Text("–")
     share = max(0.0, min(1.0, row.recovered))
-    bar = "█" * round(8 * share)
-    return Text.assemble((f"{bar:<8}", "green"), f" {percent(row.recovered):>8}")
+    bar = "█" * round(5 * share)
+    return Text.assemble((f"{bar:<5}", "green"), f" {percent(row.recovered):>6}")
 
 
 def _best_lines(report: "Report") -> Iterator[str]:
@@ -230,31 +244,32 @@ def _by_layer(report: "Report") -> Iterator[RenderableType]:
         return
     sites = list(dict.fromkeys(fit.site for fit in fits))
     cells = {(fit.layer, fit.site): fit for fit in fits}
-    covered = {c.layer: c for c in report.coverage if c.scope is Scope.PROPAGATED}
-    ratios = ("δMLP/δblock", "δMLP share", "MLP share", "MLP/block") if covered else ()
     target = "the block output's" if fits[0].target == "block" else "the site's own"
-    title = (
-        f"Share of {target} shift that {form} leaves on held-out sequences, by the "
-        "site it reads" + ("; coverage" if ratios else "")
-    )
-    table = _table("layer", *sites, *ratios)
+    title = f"Share of {target} shift that {form} leaves, by the site it reads"
+    table = _table("layer", *sites)
     for layer in dict.fromkeys(fit.layer for fit in fits):
         found = [cells.get((layer, site)) for site in sites]
         shares = [figure(fit.misfit_held_out) if fit else "–" for fit in found]
-        entry = covered.get(layer)
-        cover = (
-            [
-                entry.shift_mlp_over_block,
-                entry.shift_mlp_share,
-                entry.activation_mlp_share,
-                entry.activation_mlp_over_block,
-            ]
-            if entry
-            else []
-        )
-        table.add_row(str(layer), *shares, *(figure(value, 2) for value in cover))
-    yield _titled(title, table)
+        table.add_row(str(layer), *shares)
+    yield _titled(f"{title} (held out)", table)
     few = next((fit for fit in fits if fit.verdict != "measured"), None)
     if few is not None:
         yield Text(f"{few.verdict.capitalize()}: {few.reason}.")
+    yield Text("")
+
+
+def _coverage(report: "Report") -> Iterator[RenderableType]:
+    entries = [c for c in report.coverage if c.scope is Scope.PROPAGATED]
+    if not entries:
+        return
+    table = _table("layer", "δMLP/δblock", "δMLP share", "MLP share", "MLP/block")
+    for entry in entries:
+        ratios = (
+            entry.shift_mlp_over_block,
+            entry.shift_mlp_share,
+            entry.activation_mlp_share,
+            entry.activation_mlp_over_block,
+        )
+        table.add_row(str(entry.layer), *(figure(value, 2) for value in ratios))
+    yield _titled("Coverage: the MLP's part of the shift (δ) and of the stream", table)
     yield Text("")

@@ -144,6 +144,7 @@ class Subject:
     sequences: int
     tokens: int
     held_out_sequences: int
+    calculus_tokens: int  # drawn from all tokens, for orders, radii, superposition
     seed: int
     at: str
     target: str
