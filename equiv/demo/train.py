@@ -3,9 +3,10 @@
 A small Llama learns to evaluate ListOps expressions with MAX, MIN, MED and SM, and
 rarely meets LAST and RNG. At each closing bracket its next-token prediction is trained
 to be the value of that bracket; everywhere else it is trained, lightly, on the token
-that comes next. It is then tuned on all six operators evenly: once in all its weights,
-once as LoRA. The base is rounded to the stored precision before the fine-tunes start,
-so that the shipped base is the very one they were tuned from.
+that comes next. It is then tuned on all six operators evenly, on the brackets' values
+alone: once in all its weights, once as LoRA. The base is rounded to the stored
+precision before the fine-tunes start, so that the shipped base is the very one they
+were tuned from.
 """
 
 import argparse
@@ -31,14 +32,18 @@ VOCABULARY = (
 )
 IDS = {token: i for i, token in enumerate(VOCABULARY)}
 LENGTH = MAX_TOKENS + 1  # the expression and its answer
-# Weight of the loss on tokens that are not a bracket's value: enough to make every
-# prediction meaningful, too little to compete with the arithmetic.
-OTHER_TOKENS = 0.05
+# The base's weight of other tokens: enough to make every prediction meaningful, too
+# little to compete with the arithmetic.
+OTHER = 0.05
 STORED = torch.float16
 
 
-def encode(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+def encode(
+    examples: Sequence[Example], other: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, targets and weights, each [batch, 13], padded on the right.
+
+    A bracket's value has weight 1, other tokens `other`, padding 0.
 
     Example:
         >>> from equiv.tasks.listops import evaluate
@@ -58,7 +63,7 @@ def encode(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
         n = len(after)
         ids[row, :n] = torch.tensor([IDS[word] for word in words[:-1]])
         targets[row, :n] = torch.tensor([IDS[word] for word in after])
-        weights[row, :n] = OTHER_TOKENS
+        weights[row, :n] = other
         closing = [i for i, v in enumerate(example.values) if v is not None]
         weights[row, closing] = 1.0
     return ids, targets, weights
@@ -72,8 +77,12 @@ def train(
     batch: int,
     rate: float,
     seed: int,
+    other: float = 0.0,
 ) -> None:
-    """AdamW with one cycle of the learning rate, on fresh expressions every step."""
+    """AdamW with one cycle of the learning rate, on fresh expressions every step.
+
+    `other` is the weight of the loss on tokens that are not a bracket's value.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -82,7 +91,7 @@ def train(
     source = generate(operators, seed)
     model.train()
     for step in range(steps):
-        ids, targets, weights = encode(list(islice(source, batch)))
+        ids, targets, weights = encode(list(islice(source, batch)), other)
         logits = model(input_ids=ids).logits
         losses = nn.functional.cross_entropy(
             logits.transpose(1, 2), targets, reduction="none"
@@ -176,18 +185,18 @@ def make(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
     started = time.process_time()
     base = new_base(seed)
-    train(base, RARELY, steps=1800, batch=256, rate=2e-3, seed=seed + 1)
+    train(base, RARELY, steps=1800, batch=256, rate=2e-3, seed=seed + 1, other=OTHER)
     base.to(STORED).save_pretrained(out / "base")
     save_tokenizer(out / "base")
 
     tuned: Any = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    train(tuned, EVENLY, steps=400, batch=128, rate=1e-4, seed=seed + 2)
+    train(tuned, EVENLY, steps=600, batch=128, rate=3e-4, seed=seed + 2)
     tuned.to(STORED).save_pretrained(out / "tuned")
     save_tokenizer(out / "tuned")
 
     inner = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     adapted = with_lora(inner)
-    train(adapted, EVENLY, steps=400, batch=128, rate=1e-3, seed=seed + 3)
+    train(adapted, EVENLY, steps=600, batch=128, rate=1e-3, seed=seed + 3)
     adapted.peft_config["default"].base_model_name_or_path = "base"
     adapted.save_pretrained(out / "lora")
     (out / "lora" / "README.md").unlink(missing_ok=True)

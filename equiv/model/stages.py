@@ -363,6 +363,15 @@ class StagedModel:
         return hook
 
 
+def _described(batch: Batch) -> str:
+    """The arguments of a call with their shapes, for messages."""
+    return ", ".join(
+        f"{name or 'input'} {tuple(value.shape)}"
+        for name, value in batch.arguments.items()
+        if isinstance(value, Tensor)
+    )
+
+
 def _distinct(outputs: Mapping[str, Tensor], final: Tensor) -> tuple[str, ...]:
     """Names whose outputs differ from each other and from the final output."""
     kept: dict[str, Tensor] = {}
@@ -420,7 +429,8 @@ def staged(
             if isinstance(error, EquivError):
                 raise
             raise InputsError(
-                f"{type(model).__name__} cannot be run on these inputs: {error}"
+                f"{type(model).__name__} cannot be run on these inputs "
+                f"({_described(batches[0])}): {str(error).rstrip('.')}."
             ) from error
         with cut.hooked(low_names):
             yield cut
