@@ -48,7 +48,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.fixture
 def model() -> Any:
-    """In training mode with dropout, gradients, a frozen weight and hooks of its own."""
+    """In training mode, with dropout, gradients, a frozen weight and a hook."""
     made = transformer("llama", seed=1, attention_dropout=0.3, dtype=torch.float32)
     made.train()
     made.model.layers[0].eval()
@@ -109,6 +109,22 @@ def test_an_abandoned_iteration_leaves_nothing_behind(model: Any) -> None:
     next(stream)
     del stream
     assert same(before, state(model))
+
+
+def test_between_two_shifts_the_model_is_the_callers(model: Any) -> None:
+    """Two iterations side by side, with the caller's own code in between."""
+    update = equiv.Update.random(model, 0.1, seed=0)
+    other = equiv.Update.random(model, 0.1, seed=1)
+    alone = [list(equiv.shifts(model, u, IDS)) for u in (update, other)]
+    before = state(model)
+    together = zip(
+        equiv.shifts(model, update, IDS), equiv.shifts(model, other, IDS), strict=True
+    )
+    for i, pair in enumerate(together):
+        assert same(before, state(model))
+        for found, expected in zip(pair, (alone[0][i], alone[1][i]), strict=True):
+            assert torch.equal(found.exact, expected.exact)
+            assert torch.equal(found.first_order, expected.first_order)
 
 
 def test_the_update_is_not_changed_either(model: Any) -> None:

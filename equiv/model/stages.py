@@ -307,9 +307,9 @@ class StagedModel:
         return Place(self._modules[site], "output")
 
     @contextmanager
-    def hooked(self, low_names: Sequence[str]) -> Iterator[None]:
-        """Hooks that capture sites, add steering and apply low-rank updates."""
-        with ExitStack() as stack:
+    def ready(self, low_names: Sequence[str]) -> Iterator[None]:
+        """Make stages runnable: the arithmetic, and hooks for sites and factors."""
+        with arithmetic(self.dtype), ExitStack() as stack:
             for name in low_names:
                 module = self._modules[name.rpartition(".")[0]]
                 stack.callback(
@@ -421,6 +421,18 @@ def staged(
         InputsError: If the model cannot be run on the batches.
         SiteError: If a site does not exist.
     """
+    cut = prepared(model, batches, dtype, sites)
+    with cut.ready(low_names):
+        yield cut
+
+
+def prepared(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    sites: Sequence[str] | None,
+) -> StagedModel:
+    """A model cut into stages, to be run inside `ready`; arguments as for `staged`."""
     with arithmetic(dtype):
         cut = StagedModel(model, batches, dtype)
         try:
@@ -432,8 +444,7 @@ def staged(
                 f"{type(model).__name__} cannot be run on these inputs "
                 f"({_described(batches[0])}): {str(error).rstrip('.')}."
             ) from error
-        with cut.hooked(low_names):
-            yield cut
+    return cut
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def meaning(report: "Report") -> list[str]:
             f"every layer, makes up for {percent(row.recovered)} of the change in "
             f"behaviour with {row.num_parameters:,} numbers."
         )
-    oracle = _exact_oracle(report)
+    oracle = exact_oracle(report)
     if row is not None and oracle is not None and oracle.recovered is not None:
         rest = (
             ""
@@ -225,7 +225,8 @@ def _times(value: Radius) -> str:
     return f"{'at least ' if value.at_least else ''}{scale(value.value)} ×"
 
 
-def _exact_oracle(report: "Report") -> Behaviour | None:
+def exact_oracle(report: "Report") -> Behaviour | None:
+    """The exact oracle at the site of the best fitted steering."""
     row = best(report)
     return next(
         (

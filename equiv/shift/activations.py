@@ -12,7 +12,7 @@ from equiv.model.batches import Batch, from_inputs
 from equiv.model.families import find_blocks
 from equiv.model.guard import measured
 from equiv.model.sites import SITES, SiteKey
-from equiv.model.stages import staged
+from equiv.model.stages import prepared
 from equiv.shift.propagate import (
     BASE,
     MIDPOINT,
@@ -98,30 +98,24 @@ class Shifts:
         yield from self._stream(None)
 
     def _stream(self, only: int | None) -> Iterator[Shift]:
-        low = low_rank_names(self._model, self._update)
-        with (
-            measured(self._model),
-            staged(
-                self._model,
-                self._batches,
-                self._dtype,
-                sites=self._sites,
-                low_names=low,
-            ) as cut,
-        ):
-            points = (BASE, MIDPOINT, TUNED)
-            for stage, _, traces in propagate(
-                cut, self._update, points, low=low, local=True
-            ):
+        model, low = self._model, low_rank_names(self._model, self._update)
+        with measured(model):
+            cut = prepared(model, self._batches, self._dtype, self._sites)
+        points = (BASE, MIDPOINT, TUNED)
+        passes = propagate(cut, self._update, points, low=low, local=True)
+        for _ in cut.stages:
+            # The model is put back before each shift is handed out: what the caller
+            # does between two shifts, with this model too, is not ours.
+            with measured(model), cut.ready(low):
+                stage, _, traces = next(passes)
                 kept = list(traces)
-                wanted = only is None or stage.layer == only
-                inside = stage.name in ("block", "module")
-                if wanted and inside and stage.layer in self._layers:
-                    sites = self._sites or stage.sites
-                    for site in sites:
-                        yield _gather(stage.layer, site, kept, self._batches)
-                if only is not None and inside and stage.layer >= only:
-                    return
+            inside = stage.name in ("block", "module")
+            wanted = only is None or stage.layer == only
+            if wanted and inside and stage.layer in self._layers:
+                for site in self._sites or stage.sites:
+                    yield _gather(stage.layer, site, kept, self._batches)
+            if only is not None and inside and stage.layer >= only:
+                return
 
 
 def shifts(

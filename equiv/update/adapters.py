@@ -16,11 +16,16 @@ from equiv.update.low_rank import Delta, LowRank
 from equiv.update.update import Update
 
 
-def from_model(adapted: nn.Module) -> Update:
+def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
     """The update of a `PeftModel`'s active adapters.
 
+    Args:
+        adapted: The `PeftModel`.
+        model: The base that the update is for, if it is not the one inside `adapted`.
+
     Raises:
-        UpdateError: If the adapter is merged or cannot be merged.
+        UpdateError: If the adapter is merged, cannot be merged, or has trained the
+            base's own biases and there is no other base.
     """
     for module in adapted.modules():
         if getattr(module, "merged", False):
@@ -29,6 +34,13 @@ def from_model(adapted: nn.Module) -> Update:
                 "or pass the base and the merged model."
             )
     base = base_of(adapted)
+    apart = model is not None and model is not base
+    if _trains_biases(adapted) and not apart:
+        raise UpdateError(
+            "This adapter was made with `bias=`, so PEFT trained the base's own biases "
+            "in place and their old values are gone. Pass a base loaded afresh: "
+            "`equiv.check(base, adapted)`."
+        )
     if _all_plain_lora(adapted):
         deltas = _lora_factors(base)
         if deltas:
@@ -41,7 +53,8 @@ def from_model(adapted: nn.Module) -> Update:
             f"A {kind} adapter cannot be merged into its base: it is no weight update. "
             "Expected a kind that PEFT can merge."
         ) from None
-    before = {_clean(n): p for n, p in base.named_parameters() if _is_own(n)}
+    source = model if apart and model is not None else base
+    before = {_clean(n): p for n, p in source.named_parameters() if _is_own(n)}
     after = dict(merged.named_parameters())
     return Update.from_state_dicts(before, after, source=f"{kind} adapter")
 
@@ -164,6 +177,11 @@ def _factors(down: Tensor, up: Tensor, scaling: float, transposed: bool) -> LowR
 def _all_plain_lora(adapted: Any) -> bool:
     active = adapted.active_adapters
     return all(is_plain_lora(_as_dict(adapted.peft_config[name])) for name in active)
+
+
+def _trains_biases(adapted: Any) -> bool:
+    configs = (adapted.peft_config[name] for name in adapted.active_adapters)
+    return any(getattr(config, "bias", "none") != "none" for config in configs)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

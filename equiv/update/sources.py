@@ -54,7 +54,7 @@ def resolve(model: nn.Module, delta_w: object) -> Update:
 
 def _from_peft_model(model: nn.Module, adapted: nn.Module) -> Update:
     """Adapter over this very model, or over a copy of it: same update either way."""
-    update = from_model(adapted)
+    update = from_model(adapted, model)
     inner = base_of(adapted)
     if inner is model:
         return update
