@@ -270,25 +270,28 @@ class StagedModel:
         return tuple(name for name in self.tensors_of_model if name.startswith(prefix))
 
     def _cut_module(self, sites: Sequence[str] | None) -> None:
-        outputs, final = self._module_outputs()
-        if sites is None:
-            chosen = _distinct(outputs, final)
-        elif unknown := [site for site in sites if site not in outputs]:
+        outputs, distinct = self._module_outputs()
+        if unknown := [site for site in sites or () if site not in outputs]:
             raise SiteError(
                 f"Expected sites among {', '.join(outputs) or 'none'} (submodules that "
                 f"are called once and return one floating tensor), got {unknown}."
             )
-        else:
-            chosen = tuple(sites)
         names = tuple(self.tensors_of_model)
+        chosen = distinct if sites is None else tuple(sites)
         self.stages = [Stage("module", 0, names, chosen, OUTPUT)]
 
-    def _module_outputs(self) -> tuple[dict[str, Tensor], Tensor]:
-        """What each submodule returns that is called once, and the final output."""
-        calls: dict[str, list[object]] = {}
+    def _module_outputs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Submodules that are called once and return an activation; the distinct ones.
+
+        Some hand on what they got (dropout, identity), or what becomes the model's
+        output; tensors changed in place since then are other activations.
+        """
+        calls: dict[str, list[tuple[object, int]]] = {}
 
         def hook_of(name: str) -> Callable[..., None]:
-            return lambda _m, _a, out: calls.setdefault(name, []).append(_kept(out))
+            return lambda _m, _a, out: calls.setdefault(name, []).append(
+                (out, _version(out))
+            )
 
         with ExitStack() as stack:
             for name, module in self._modules.items():
@@ -297,8 +300,17 @@ class StagedModel:
                     stack.callback(handle.remove)
             tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
             final = _model_output(self._forward(tensors, 0))
-        once = {name: outs[0] for name, outs in calls.items() if len(outs) == 1}
-        return {n: out for n, out in once.items() if is_activation(out)}, final
+        once = {
+            name: (id(found[0][0]), found[0][1])
+            for name, found in calls.items()
+            if len(found) == 1 and is_activation(found[0][0])
+        }
+        seen, distinct = {(id(final), _version(final))}, []
+        for name, identity in once.items():
+            if identity not in seen:
+                seen.add(identity)
+                distinct.append(name)
+        return tuple(once), tuple(distinct)
 
     def place(self, layer: int, site: str) -> Place:
         """Where a site is in the modules."""
@@ -372,18 +384,9 @@ def _described(batch: Batch) -> str:
     )
 
 
-def _distinct(outputs: Mapping[str, Tensor], final: Tensor) -> tuple[str, ...]:
-    """Names whose outputs differ from each other and from the final output."""
-    kept: dict[str, Tensor] = {}
-    for name, output in outputs.items():
-        if not any(torch.equal(output, other) for other in (final, *kept.values())):
-            kept[name] = output
-    return tuple(kept)
-
-
-def _kept(output: object) -> object:
-    """A copy of an activation: a later module may change it in place."""
-    return output.clone() if isinstance(output, Tensor) else output
+def _version(output: object) -> int:
+    """How often a tensor has been changed in place."""
+    return output._version if isinstance(output, Tensor) else 0
 
 
 def takes_factors(module: nn.Module) -> bool:

@@ -23,20 +23,20 @@ def percent(share: float | None) -> str:
     Example:
         >>> percent(0.8612), percent(0.9996), percent(1.0), percent(0.0004)
         ('86 %', '99.96 %', '100 %', '0.04 %')
-        >>> percent(-0.2), percent(0.0)
-        ('-20 %', '0 %')
+        >>> percent(-0.2), percent(0.0), percent(1 - 1e-9), percent(1e-9)
+        ('-20 %', '0 %', '>99.99 %', '<0.01 %')
     """
     if share is None:
         return "–"
     value = 100 * share
-    if value == 0:
-        return "0 %"
-    for digits in range(0, 6):
+    for digits in range(3):
         text = f"{value:.{digits}f}"
         at_edge = float(text) in (0.0, 100.0) and value not in (0.0, 100.0)
         if not at_edge:
-            return f"{text} %"
-    return f"{value:.2g} %"
+            return f"{0 if value == 0 else text} %"
+    if abs(value) < 1:
+        return "<0.01 %" if value > 0 else ">-0.01 %"
+    return ">99.99 %" if value < 100 else "<100.01 %"
 
 
 def scale(t: float) -> str:

@@ -71,7 +71,7 @@ def _shift_table(report: "Report") -> RenderableType:
     sites = list(dict.fromkeys(row.site for row in rows))
     layers = list(dict.fromkeys(row.layer for row in rows))
     cells = {(row.layer, row.site): row for row in rows}
-    title = "Share of the shift that first order misses, from the base | the midpoint"
+    title = "Percent of the shift that first order misses, from base | midpoint"
     if len(layers) <= 2 and len(sites) > 5:
         return _by_site(rows, title)
     inside = [s for s in sites if any((layer, s) in cells for layer in layers[:-1])]
@@ -99,8 +99,8 @@ def _by_site(rows: Sequence[Row], title: str) -> RenderableType:
     for row in rows:
         table.add_row(
             row.site,
-            _shaded(row.remainder, figure(row.remainder)),
-            _shaded(row.remainder_midpoint, figure(row.remainder_midpoint)),
+            _shaded(row.remainder, _percentage(row.remainder)),
+            _shaded(row.remainder_midpoint, _percentage(row.remainder_midpoint)),
             _reach(row.radius),
             _reach(row.radius_midpoint),
         )
@@ -124,10 +124,17 @@ def _cell(report: "Report", row: Row | None) -> Text:
         return Text("")
     if row.order.verdict is Verdict.NOT_APPLICABLE:
         return Text("no shift", style="dim")
-    text = figure(row.remainder, 2)
+    text = _percentage(row.remainder)
     if row.remainder_midpoint is not None:
-        text += f" | {figure(row.remainder_midpoint, 2)}"
+        text += f" | {_percentage(row.remainder_midpoint)}"
     return _shaded(report.judged_remainder(row), text)
+
+
+def _percentage(share: float | None) -> str:
+    """The number alone: the title says that it is percent."""
+    if share is None:
+        return "–"
+    return f"{100 * share:.0f}" if share >= 0.995 else figure(100 * share, 2)
 
 
 def _reaches(row: Row | None) -> str:

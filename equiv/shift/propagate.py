@@ -18,6 +18,7 @@ Below the first stage that the update touches nothing moves: such stages run onc
 Low-rank updates enter as W x + s · left (right x) and are never made dense.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -301,9 +302,16 @@ class _Pass:
         try:
             values, tangents = jvp(stage_at, primals, directions)[:2]
         except NotImplementedError as error:
-            raise ForwardModeError(
-                f"An operation in {self.stage.name} {self.stage.layer} has no "
-                f"forward-mode derivative in PyTorch: {error}"
-            ) from error
+            raise ForwardModeError(_no_derivative(self.stage, str(error))) from error
         (out, sites), (dout, dsites) = values, tangents
         return out, sites, dout, dsites
+
+
+def _no_derivative(stage: Stage, message: str) -> str:
+    found = re.search(r"forward AD with (\S+)", message)
+    operation = f"`{found[1]}`" if found else "an operation"
+    return (
+        f"PyTorch has no forward-mode derivative for {operation}, which {stage.name} "
+        f"{stage.layer} uses. Use an implementation of it made of operations that have "
+        "one."
+    )

@@ -98,7 +98,7 @@ def from_directory(path: str | Path) -> Update:
         deltas[f"{module}.weight"] = _factors(
             down, up, scaling, bool(config.get("fan_in_fan_out"))
         )
-    return Update.from_dict(deltas, source=f"LoRA {folder.name}")
+    return Update.from_dict(deltas, source=f"LoRA adapter {folder.name}")
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
