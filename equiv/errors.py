@@ -6,7 +6,7 @@ an error but a verdict in the report, and becomes `NotEquivalentError` only on r
 
 
 class EquivError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose: catch it for all."""
 
 
 class UpdateError(EquivError, ValueError):

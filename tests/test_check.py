@@ -74,11 +74,8 @@ def test_local_rows_hold_the_input_at_the_base(family: str) -> None:
         )
         for site in SITES:
             local, alone = whole[layer, site], part[layer, site]
-            close = {"rtol": 1e-10, "atol": 1e-12}
-            torch.testing.assert_close(local.local_exact, alone.exact, **close)
-            torch.testing.assert_close(
-                local.local_first_order, alone.first_order, **close
-            )
+            witness.close(local.local_exact, alone.exact)
+            witness.close(local.local_first_order, alone.first_order)
             assert not torch.allclose(local.local_exact, local.exact)
 
 
@@ -189,7 +186,11 @@ def test_superposition_holds_to_rounding(family: str) -> None:
 
 
 def test_superposition_is_off_above_twelve_blocks() -> None:
-    small = {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1}
+    small: dict[str, Any] = {
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_attention_heads": 1,
+    }
     model = transformer("llama", seed=1, num_hidden_layers=13, head_dim=4, **small)
     update = equiv.Update.random(model, 0.01, seed=2)
     report = equiv.check(model, update, forms=(), layers=[12])
@@ -201,7 +202,7 @@ def test_a_kink_is_named() -> None:
     """At x = 0 a ReLU is not differentiable: half of the shift is missed, order 1."""
     model = mlp((2, 4, 2), "relu")
     with torch.no_grad():
-        model[0].bias.zero_()
+        model.get_parameter("0.bias").zero_()
     x = torch.zeros(4, 2, dtype=torch.float64)
     update = {"0.bias": 0.1 * torch.tensor([1.0, -1.0, 1.0, -1.0]).double()}
     report = equiv.check(model, update, x)

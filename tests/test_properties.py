@@ -1,5 +1,7 @@
 """Properties that must hold for every toy MLP and every tiny transformer."""
 
+from typing import Any
+
 import pytest
 import torch
 import witness
@@ -15,8 +17,6 @@ from equiv.testing.strategies import Case, mlp_cases, seeds, transformer_cases
 
 FEW = settings(max_examples=6)  # a transformer takes a second
 MANY = settings(max_examples=30)
-# Sums of a few thousand float64 products, none of them near cancellation.
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def shift(case: Case, update: equiv.Update | None = None) -> list[equiv.Shift]:
@@ -33,10 +33,10 @@ def test_shifts_equal_the_whole_models_own_jvp(case: Case) -> None:
     tuned = witness.tuned_activations(case.model, case.update, call)
     for s in shift(case):
         key = (s.layer, s.site)
-        torch.testing.assert_close(s.base, base[key], **CLOSE)
-        torch.testing.assert_close(s.first_order, first[key], **CLOSE)
-        torch.testing.assert_close(s.midpoint, middle[key], **CLOSE)
-        torch.testing.assert_close(s.exact, tuned[key] - base[key], **CLOSE)
+        witness.close(s.base, base[key])
+        witness.close(s.first_order, first[key])
+        witness.close(s.midpoint, middle[key])
+        witness.close(s.exact, tuned[key] - base[key])
 
 
 @MANY
@@ -52,12 +52,12 @@ def test_first_order_is_the_jacobian_times_the_update(case: Case) -> None:
     s = equiv.shifts(
         case.model, case.update, case.inputs, sites=(last,), dtype=torch.float64
     )[0, last]
-    torch.testing.assert_close(s.first_order, expected, **CLOSE)
+    witness.close(s.first_order, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_brute_force_jacobian_of_a_transformer(family: str) -> None:
-    small = (
+    small: dict[str, Any] = (
         {"n_embd": 4, "n_inner": 4, "n_layer": 1, "n_head": 1, "vocab_size": 8}
         if family == "gpt2"
         else {
@@ -84,7 +84,7 @@ def test_brute_force_jacobian_of_a_transformer(family: str) -> None:
             run, witness.parameters(model), witness.dense(update)
         )
     found = equiv.shifts(model, update, ids, dtype=torch.float64)[layer, "block_out"]
-    torch.testing.assert_close(found.first_order, expected, rtol=1e-10, atol=1e-12)
+    witness.close(found.first_order, expected)
 
 
 @MANY
@@ -98,9 +98,7 @@ def test_first_order_is_linear_in_the_update(
     for s, s1, s2 in zip(
         shift(case, both), shift(case), shift(case, other), strict=True
     ):
-        torch.testing.assert_close(
-            s.first_order, a * s1.first_order + b * s2.first_order, **CLOSE
-        )
+        witness.close(s.first_order, a * s1.first_order + b * s2.first_order)
 
 
 @MANY
@@ -151,8 +149,8 @@ def test_permuting_the_batch_permutes_the_shift(case: Case, random: object) -> N
         case.model, case.update, case.inputs[order], dtype=torch.float64
     )
     for s, p in zip(shift(case), permuted, strict=True):
-        torch.testing.assert_close(p.exact, s.exact[order], **CLOSE)
-        torch.testing.assert_close(p.first_order, s.first_order[order], **CLOSE)
+        witness.close(p.exact, s.exact[order])
+        witness.close(p.first_order, s.first_order[order])
 
 
 @FEW
@@ -173,8 +171,8 @@ def test_padding_does_not_matter(case: Case, extra: int, side: str) -> None:
     kept = slice(extra, None) if left else slice(0, length)
     padded = equiv.shifts(case.model, case.update, call, dtype=torch.float64)
     for s, p in zip(shift(case), padded, strict=True):
-        torch.testing.assert_close(p.exact[:, kept], s.exact, **CLOSE)
-        torch.testing.assert_close(p.first_order[:, kept], s.first_order, **CLOSE)
+        witness.close(p.exact[:, kept], s.exact)
+        witness.close(p.first_order[:, kept], s.first_order)
         assert torch.equal(p.mask, mask.bool())
 
 

@@ -39,6 +39,11 @@ PLACES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
 }
 
 
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of a few thousand float64 products."""
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 def dense(update: Update) -> dict[str, Tensor]:
     """The update as float64 matrices."""
     return {

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from equiv.errors import FileFormatError, InputsError, UnsupportedModelError
+from equiv.model.loading import is_local, load_model
 
 _FIELDS = ("text", "question", "prompt")
 
@@ -34,10 +35,7 @@ def load_base(name: str) -> nn.Module:
             f"{name!r} holds a {saved}, which transformers does not have. Code from a "
             "model's own folder is never run."
         )
-    try:
-        return loader.from_pretrained(name, dtype="auto", use_safetensors=True)
-    except OSError as error:
-        raise FileFormatError(f"Cannot load a model from {name!r}: {error}") from None
+    return load_model(loader, name)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -95,6 +93,5 @@ def _text(path: Path, number: int, line: str) -> str:
 
 def _check_folder(name: str) -> None:
     path = Path(name)
-    local = path.is_absolute() or name.startswith(".") or path.exists()
-    if local and not (path / "config.json").is_file():
+    if is_local(name) and not (path / "config.json").is_file():
         raise FileFormatError(f"Expected a model in {path}: no config.json there.")

@@ -59,7 +59,7 @@ def reason(report: "Report") -> str:
     drawn = " (on random inputs)" if report.subject.inputs == "random" else ""
     if failing:
         first = failing[0]
-        more = f" and {len(failing) - 1} more" if len(failing) > 1 else ""
+        more = f"; and {len(failing) - 1} more rows" if len(failing) > 1 else ""
         return f"{_complaint(report, first)}{more}{drawn}"
     limit = report.subject.max_remainder
     if limit is None:

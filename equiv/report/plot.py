@@ -153,7 +153,7 @@ def _heat_panel(
     for i in range(grid.shape[0]):
         for j in range(grid.shape[1]):
             if not math.isnan(grid[i, j]):
-                dark = grid[i, j] > 0.08
+                dark = grid[i, j] > 0.02
                 axes.text(
                     j,
                     i,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from equiv.errors import FileFormatError, UpdateError
+from equiv.model.loading import hub_file, is_local, load_model
 from equiv.update.adapters import (
     base_of,
     from_directory,
@@ -77,16 +78,18 @@ def _load(model: nn.Module, name: str) -> Any:
             f"Expected a model or adapter in {path}: found neither config.json nor "
             "adapter_config.json."
         )
-    if path.suffix or name.startswith((".", "/")):
+    if is_local(name):
         raise FileFormatError(f"{path} does not exist.")
+    if (config := hub_file(name, "adapter_config.json")) is not None:
+        hub_file(name, "adapter_model.safetensors")
+        return from_directory(config.parent)
     return _load_model(model, name)
 
 
 def _load_model(model: nn.Module, name: str) -> nn.Module:
-    loader = getattr(type(model), "from_pretrained", None)
-    if loader is None:
+    if not hasattr(model, "from_pretrained"):
         raise UpdateError(
             f"{type(model).__name__} cannot load {name!r}: only Hugging Face models "
             "can be read from a path or hub id. Pass the tuned model itself."
         )
-    return loader(name, dtype="auto", use_safetensors=True)
+    return load_model(type(model), name)
