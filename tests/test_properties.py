@@ -77,9 +77,7 @@ def test_brute_force_jacobian_of_a_transformer(family: str) -> None:
     def run(own: dict[str, torch.Tensor]) -> torch.Tensor:
         return witness.activations(model, own, {"input_ids": ids})[layer, "block_out"]
 
-    from equiv.model.precision import arithmetic
-
-    with arithmetic(torch.float64), torch.no_grad():
+    with witness.own_arithmetic(), torch.no_grad():
         expected = witness.jacobian_times(
             run, witness.parameters(model), witness.dense(update)
         )

@@ -4,16 +4,17 @@ Nothing here uses the engine. Where a site is, and what it adds up to, is writte
 once more from the model's own code, family by family.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from equiv.model.precision import arithmetic
+from equiv.model.precision import KeepFloat64
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
 
@@ -37,6 +38,13 @@ PLACES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
         },
     ),
 }
+
+
+@contextmanager
+def own_arithmetic() -> Iterator[None]:
+    """PyTorch's own attention, by the path that has a derivative, in float64."""
+    with sdpa_kernel(SDPBackend.MATH), KeepFloat64():
+        yield
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -111,7 +119,7 @@ def whole_jvp(
     def run(own: dict[str, Tensor]) -> dict[Any, Tensor]:
         return activations(model, {**fixed, **own}, call)
 
-    with arithmetic(torch.float64), torch.no_grad():
+    with own_arithmetic(), torch.no_grad():
         values, tangents = jvp(run, (moving,), (change,))[:2]
     return values, tangents
 
@@ -120,7 +128,7 @@ def tuned_activations(
     model: Any, update: Update, call: Mapping[str, Any], t: float = 1.0
 ) -> dict[Any, Tensor]:
     """Activations at W + tΔW."""
-    with arithmetic(torch.float64), torch.no_grad():
+    with own_arithmetic(), torch.no_grad():
         return activations(model, moved(model, update, t), call)
 
 

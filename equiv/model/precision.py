@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from equiv.model.attention import attention
 
 _CASTS = (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type)
 
@@ -38,14 +39,28 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class DifferentiableAttention(TorchFunctionMode):
+    """Inside, attention is computed by `equiv.model.attention`.
+
+    Plain forwards as well, so that base and tuned activations differ by the update
+    alone and not by the rounding of two kernels.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            func = attention
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def arithmetic(dtype: torch.dtype) -> Iterator[None]:
-    """Attention that forward-mode AD can differentiate, and float64 that stays so.
-
-    PyTorch's fused attention kernels have no forward-mode derivative; the math backend
-    has. It is used for plain forwards as well, so that base and tuned activations
-    differ by the update alone and not by the rounding of two kernels.
-    """
+    """Attention that forward-mode AD can differentiate, and float64 that stays so."""
     keep = KeepFloat64() if dtype == torch.float64 else nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), keep:
+    with keep, DifferentiableAttention():
         yield

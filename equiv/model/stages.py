@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from equiv.errors import EquivError, InputsError, SiteError, UnsupportedModelError
 from equiv.model.batches import POSITIONAL, Batch
+from equiv.model.factors import Factors, forward_with_factors
 from equiv.model.families import Blocks, find_blocks
 from equiv.model.precision import arithmetic
 from equiv.model.sites import (
@@ -36,7 +37,6 @@ from equiv.model.sites import (
     with_first,
 )
 
-Factors = Mapping[str, tuple[Tensor, Tensor]]
 Steer = Mapping[str, Callable[[Tensor], Tensor]]
 Sites = dict[str, Tensor]
 Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # block → how it is called
@@ -83,6 +83,7 @@ class _Active:
     steer: Steer = field(default_factory=dict)
     low: Factors = field(default_factory=dict)
     scale: Tensor | float = 0.0
+    at: float = 0.0
     applied: set[str] = field(default_factory=set)
 
 
@@ -129,6 +130,7 @@ class StagedModel:
         *,
         low: Factors | None = None,
         scale: Tensor | float = 0.0,
+        at: float = 0.0,
         steer: Steer | None = None,
     ) -> tuple[Tensor, Sites]:
         """Run one stage.
@@ -139,13 +141,14 @@ class StagedModel:
             hidden: The stage's input [batch, seq, d]; `None` for the first stage.
             batch: Which batch.
             low: Low-rank updates applied at `scale`.
-            scale: t.
+            scale: t; under `jvp` it carries a tangent.
+            at: t as a number.
             steer: Added at the site: site → function of the site's activation.
 
         Returns:
             The stage's output and the activations at its sites, before steering.
         """
-        self._active = _Active({}, steer or {}, low or {}, scale)
+        self._active = _Active({}, steer or {}, low or {}, scale, at)
         if stage.name == "block":
             output = self._run_block(stage, tensors, hidden, batch)
         elif stage.name == "embed":
@@ -324,9 +327,8 @@ class StagedModel:
         with arithmetic(self.dtype), ExitStack() as stack:
             for name in low_names:
                 module = self._modules[name.rpartition(".")[0]]
-                stack.callback(
-                    module.register_forward_hook(self._low_rank_hook(name)).remove
-                )
+                beside = self._forward_beside(name, module)
+                stack.enter_context(_replaced_forward(module, beside))
             for stage in self.stages:
                 for site in stage.sites:
                     place = self.place(stage.layer, site)
@@ -355,24 +357,21 @@ class StagedModel:
 
         return place.module.register_forward_pre_hook(before, with_kwargs=True)
 
-    def _low_rank_hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(
-            module: nn.Module, args: tuple[Tensor, ...], out: Tensor
-        ) -> Tensor | None:
-            factors = self._active.low.get(name)
-            if factors is None:
-                return None
-            self._active.applied.add(name)
-            left, right = factors
-            if isinstance(module, nn.Embedding):
-                moved = nn.functional.embedding(args[0], left) @ right
-            elif isinstance(module, nn.Linear):
-                moved = (args[0] @ right.T) @ left.T
-            else:  # Conv1D: weight [in, out]
-                moved = (args[0] @ left) @ right
-            return out + self._active.scale * moved
+    def _forward_beside(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        """The module's forward; with the update beside its weight when there is one."""
+        plain = module.forward
 
-        return hook
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            active = self._active
+            if name not in active.low:
+                return plain(*args, **kwargs)
+            active.applied.add(name)
+            beside = forward_with_factors(
+                module, active.low[name], active.scale, active.at
+            )
+            return beside(*args, **kwargs)
+
+        return forward
 
 
 def _described(batch: Batch) -> str:
@@ -387,19 +386,6 @@ def _described(batch: Batch) -> str:
 def _version(output: object) -> int:
     """How often a tensor has been changed in place."""
     return output._version if isinstance(output, Tensor) else 0
-
-
-def takes_factors(module: nn.Module) -> bool:
-    """Whether a low-rank update can be applied beside this module's weight.
-
-    Only for the very classes: a subclass may use its weight in another way.
-    """
-    if type(module) is nn.Embedding:
-        return module.max_norm is None
-    return type(module) is nn.Linear or (
-        type(module).__name__ == "Conv1D"
-        and type(module).__module__ == "transformers.pytorch_utils"
-    )
 
 
 @contextmanager

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from equiv.errors import ForwardModeError
+from equiv.model.factors import takes_factors
 from equiv.model.stages import (
     Sites,
     Stage,
     StagedModel,
     UnusedFactorsError,
-    takes_factors,
 )
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
@@ -272,7 +272,7 @@ class _Pass:
     def _forward(self, batch: int, s: float, h: Tensor | None) -> tuple[Tensor, Sites]:
         low = self.delta.low if s != 0.0 else {}
         tensors = {**self.tensors, **self._at(s)}
-        return self.cut.run(self.stage, tensors, h, batch, low=low, scale=s)
+        return self.cut.run(self.stage, tensors, h, batch, low=low, scale=s, at=s)
 
     def _jvp(
         self, batch: int, s: float, h: Tensor | None, dh: Tensor | None
@@ -289,6 +289,7 @@ class _Pass:
                 batch,
                 low=self.delta.low,
                 scale=t,
+                at=s,
             )
 
         device = next(iter(self.tensors.values())).device

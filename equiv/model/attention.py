@@ -1,0 +1,136 @@
+"""Scaled dot-product attention with a forward-mode derivative of its own.
+
+PyTorch's fused kernels have none, and the derivative of its math path makes a dozen
+passes over the matrix of scores. With S = QKᵀ/√d + B and P = softmax(S) row by row:
+
+    O = P V
+    Ȯ = P (Ṡ − rowsum(P Ṡ)) V + P V̇,    Ṡ = (Q̇Kᵀ + QK̇ᵀ)/√d + Ḃ
+
+The matrix P, [batch, heads, seq, seq], is made in full.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As `torch.nn.functional.scaled_dot_product_attention`, without dropout.
+
+    Args:
+        query: [*batch, heads, seq, d].
+        key: [*batch, heads, source, d]; with `enable_gqa` a divisor of the heads.
+        value: [*batch, heads, source, e].
+        attn_mask: Broadcastable to [*batch, heads, seq, source]; boolean (true takes
+            part) or added to the scores. Rows without any source give zero.
+        dropout_p: Ignored: dropout is off while measuring.
+        is_causal: Whether a position sees only itself and what is before it.
+        scale: Instead of 1/√d.
+        enable_gqa: Whether query heads share keys and values in groups.
+    """
+    if query.ndim < 3:  # the groups need an axis of heads
+        four = (t[None] for t in (query, key, value))
+        return attention(*four, attn_mask, 0.0, is_causal, scale)[0]
+    bias, empty = _bias(query, key, attn_mask, is_causal)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    applied: Any = _Attention.apply(query * factor, key, value, bias, empty)
+    return applied[0]
+
+
+def _bias(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the scores, and the rows that see nothing (if any do)."""
+    bias = mask
+    if is_causal:
+        shape = query.shape[-2], key.shape[-2]
+        bias = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    elif mask is None:
+        return None, None
+    assert bias is not None
+    if bias.dtype == torch.bool:
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        bias = torch.where(bias, zero, -math.inf)
+    empty = (bias == -math.inf).all(-1, keepdim=True)
+    return bias, empty if bool(empty.any()) else None
+
+
+class _Attention(torch.autograd.Function):
+    """(scaled query, key, value, bias, empty rows) → (output, P)."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        empty: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        scores = _scores(query, key)
+        if bias is not None:
+            scores += bias
+        shares = torch.softmax(scores, -1)
+        if empty is not None:
+            shares = shares.masked_fill(empty, 0.0)
+        return _mixed(shares, value), shares
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        query, key, value, _, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_forward(query, key, value, output[1])
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        dquery: Tensor | None,
+        dkey: Tensor | None,
+        dvalue: Tensor | None,
+        dbias: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor, None]:
+        query, key, value, shares = ctx.saved_tensors
+        out = shares.new_zeros(*shares.shape[:-1], value.shape[-1])
+        if dvalue is not None:
+            out = _mixed(shares, dvalue)
+        parts = []
+        if dquery is not None:
+            parts.append(_scores(dquery, key))
+        if dkey is not None:
+            parts.append(_scores(query, dkey))
+        if dbias is not None:
+            parts.append(dbias.expand_as(shares))
+        if parts:
+            moved = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+            for part in parts[2:]:
+                moved += part
+            moved = moved * shares
+            moved.addcmul_(shares, moved.sum(-1, keepdim=True), value=-1)
+            out += _mixed(moved, value)
+        return out, None
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """QKᵀ, [*batch, heads, seq, source]; heads of a group stand beneath each other."""
+    together = (*query.shape[:-3], key.shape[-3], -1, query.shape[-1])
+    product = query.reshape(together) @ key.transpose(-2, -1)
+    return product.reshape(*query.shape[:-1], key.shape[-2])
+
+
+def _mixed(shares: Tensor, value: Tensor) -> Tensor:
+    """PV, [*batch, heads, seq, e]."""
+    together = (*shares.shape[:-3], value.shape[-3], -1, shares.shape[-1])
+    product = shares.reshape(together) @ value
+    return product.reshape(*shares.shape[:-1], value.shape[-1])
