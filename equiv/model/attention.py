@@ -40,8 +40,10 @@ def attention(
         enable_gqa: Whether query heads share keys and values in groups.
     """
     if query.ndim < 3:  # the groups need an axis of heads
-        four = (t[None] for t in (query, key, value))
-        return attention(*four, attn_mask, 0.0, is_causal, scale)[0]
+        one_head = attention(
+            query[None], key[None], value[None], attn_mask, 0.0, is_causal, scale
+        )
+        return one_head[0]
     bias, empty = _bias(query, key, attn_mask, is_causal)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     applied: Any = _Attention.apply(query * factor, key, value, bias, empty)
