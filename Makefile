@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENV := .venv
 RUN := OMP_NUM_THREADS=1 $(ENV)/bin
 
-.PHONY: demo test format slow clean
+.PHONY: demo test sweep format clean
 
 demo: $(ENV)/installed
 	$(RUN)/equiv demo --html demo.html --json demo.json
@@ -14,8 +14,10 @@ test: $(ENV)/installed
 	$(RUN)/pyright --pythonpath $(ENV)/bin/python
 	$(RUN)/python -m pytest -n 2
 
-slow: $(ENV)/installed
-	$(RUN)/python -m pytest -n 2 -m slow
+# The property tests with fifty times as many examples: about an hour.
+sweep: $(ENV)/installed
+	SWEEP=50 $(RUN)/python -m pytest -n 2 --hypothesis-show-statistics \
+		tests/test_properties.py tests/test_fits.py tests/test_attention.py
 
 format: $(ENV)/installed
 	$(RUN)/ruff format .

@@ -130,7 +130,8 @@ def forward(model: Any, ids: Tensor) -> None:
 
 def heads() -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one layer."""
-    return torch.randn(4, 12, 256, 64), *torch.randn(2, 4, 4, 256, 64)
+    key, value = torch.randn(2, 4, 4, 256, 64)
+    return torch.randn(4, 12, 256, 64), key, value
 
 
 def attend(layers: int) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import witness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,7 +37,7 @@ def compare(call: dict, *moving: Tensor, mask: Tensor | None = None) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40 * witness.SWEEP)
 @given(
     seeds(),
     st.sampled_from([(2, 4, 4), (1, 6, 2), (3, 2, 1)]),

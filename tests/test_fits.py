@@ -22,7 +22,7 @@ def data(seed: int, n: int = 60, d: int = 5, e: int | None = None) -> tuple:
     return x, y
 
 
-@settings(max_examples=50)
+@settings(max_examples=50 * witness.SWEEP)
 @given(seeds(), st.integers(1, 5), st.sampled_from([0.0, 1e-3, 0.5]))
 def test_affine_fit_is_reduced_rank_regression(
     seed: int, rank: int, ridge: float
@@ -35,7 +35,7 @@ def test_affine_fit_is_reduced_rank_regression(
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=20 * witness.SWEEP)
 @given(seeds(), st.integers(1, 4))
 def test_no_other_map_of_that_rank_fits_better(seed: int, rank: int) -> None:
     x, y = data(seed)
@@ -58,7 +58,7 @@ def test_no_other_map_of_that_rank_fits_better(seed: int, rank: int) -> None:
             assert misfit(Affine(**moved)) >= misfit(best)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20 * witness.SWEEP)
 @given(seeds())
 def test_the_vector_is_the_mean_shift(seed: int) -> None:
     x, y = data(seed)
@@ -67,7 +67,7 @@ def test_the_vector_is_the_mean_shift(seed: int) -> None:
     np.testing.assert_allclose(fitted.vector.numpy(), y.mean(0), atol=1e-12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20 * witness.SWEEP)
 @given(seeds(), st.sampled_from(["vector", "affine"]), st.sampled_from([1, 3, None]))
 def test_misfit_from_moments_is_the_misfit(
     seed: int, form: str, rank: int | None

@@ -15,8 +15,8 @@ from equiv.report.values import Verdict
 from equiv.testing.models import SMOOTH, mlp, transformer
 from equiv.testing.strategies import Case, mlp_cases, seeds, transformer_cases
 
-FEW = settings(max_examples=6)  # a transformer takes a second
-MANY = settings(max_examples=30)
+FEW = settings(max_examples=6 * witness.SWEEP)  # a transformer takes a second
+MANY = settings(max_examples=30 * witness.SWEEP)
 
 
 def shift(case: Case, update: equiv.Update | None = None) -> list[equiv.Shift]:

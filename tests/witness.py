@@ -4,6 +4,7 @@ Nothing here uses the engine. Where a site is, and what it adds up to, is writte
 once more from the model's own code, family by family.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from equiv.model.precision import KeepFloat64
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
+
+# How many times as many examples property tests draw; see `make sweep`.
+SWEEP = int(os.environ.get("SWEEP", "1"))
 
 # Family → path of the blocks, and (path inside the block, side) of each site.
 _LLAMA = {
