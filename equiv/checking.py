@@ -1,9 +1,7 @@
 """`equiv.check`: the one verb. Measures everything and returns a `Report`."""
 
 import importlib.metadata
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,14 +152,11 @@ def check(
     if blocks is None and settings.sites == SITES:
         settings = _settings(None, forms, rank, target, at, max_remainder, dtype, seed)
     _check_layers(layers, len(blocks.modules) if blocks else 1)
-    with measured(model), _bar(progress) as tick:
-        tick("inputs")
+    with measured(model), _bar(progress) as bar:
         kind, batches = _inputs(model, update, inputs, tokenizer, seed)
-        run = _Run(model, update, settings, batches, layers, kind)
-        tick("orders")
-        found = run.calculus()
-        tick("shifts, fits and behaviour")
-        return run.report(found)
+        run = _Run(model, update, settings, batches, layers, kind, bar)
+        _step(bar, "inputs")
+        return run.report(run.calculus())
 
 
 @dataclass
@@ -183,7 +178,9 @@ class _Run:
         batches: list[Batch],
         layers: Sequence[int] | None,
         kind: str,
+        bar: Any,
     ) -> None:
+        self.bar = bar
         self.model, self.update, self.settings = model, update, settings
         self.kind = kind
         self.batches = split(batches, HELD_OUT, settings.seed)
@@ -222,7 +219,9 @@ class _Run:
             together = None
             if cut.blocks is not None and cut.num_layers <= MAX_BLOCKS:
                 together = superposition(cut, self.update, low=tuple(self.low))
+        _step(self.bar, "orders")
         if self.kind == "random":
+            _step(self.bar, "no radii")
             return _Calculus(found, {}, together, tokens)
         with self._staged(few, settings.full_dtype) as cut:
             reach = radii(
@@ -233,6 +232,7 @@ class _Run:
                 selection=selection,
                 midpoint=settings.midpoint,
             )
+        _step(self.bar, "radii")
         return _Calculus(found, reach, together, tokens)
 
     def report(self, calculus: _Calculus) -> Report:
@@ -310,7 +310,8 @@ class _Run:
         points = (BASE, MIDPOINT, TUNED) if self.settings.midpoint else (BASE, TUNED)
         hidden: dict[int, Tensor] = {}
         passes = propagate(cut, self.update, points, low=self.low, local=True)
-        for stage, tensors, traces in passes:
+        self.bar.total += len(cut.stages)
+        for stage, tensors, traces in self._shown(passes):
             kept = []
             for trace in traces:
                 table.add(trace, cut.batches[trace.batch].mask)
@@ -332,6 +333,15 @@ class _Run:
                 for trace in kept:
                     ladder.finish(stage, tensors, trace)
             hidden = {t.batch: t.values[0.0][stage.output] for t in kept}
+
+    def _shown(self, passes: Iterator[Any]) -> Iterator[Any]:
+        for entry in passes:
+            yield entry
+            stage = entry[0]
+            _step(
+                self.bar,
+                f"block {stage.layer}" if stage.name == "block" else "full pass",
+            )
 
     def _subject(
         self, cut: StagedModel, parameters: int, width: int | None, few: int
@@ -469,23 +479,14 @@ def _versions() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-@contextmanager
-def _bar(show: bool) -> Iterator[Any]:
-    """A progress bar over the phases of a check, on standard error."""
-    if not show:
-        yield lambda phase: None
-        return
+def _bar(show: bool) -> Any:
+    """A progress bar on standard error; the full pass adds a step per stage."""
     from tqdm import tqdm
 
-    with tqdm(total=3, bar_format="{desc} {bar} {n_fmt}/{total_fmt} {elapsed}") as bar:
-        started = math.nan
+    layout = "{desc:<28} {bar:30} {n_fmt:>3}/{total_fmt} {elapsed}"
+    return tqdm(total=3, disable=not show, bar_format=layout, desc="equiv check")
 
-        def tick(phase: str) -> None:
-            nonlocal started
-            if not math.isnan(started):
-                bar.update()
-            started = 0.0
-            bar.set_description(f"equiv check: {phase}")
 
-        yield tick
-        bar.update()
+def _step(bar: Any, done: str) -> None:
+    bar.set_description(f"equiv check: {done}", refresh=False)
+    bar.update()
