@@ -84,7 +84,7 @@ def test_misfit_from_moments_is_the_misfit(
     assert held.misfit(steering) == pytest.approx(expected, rel=1e-8)
 
 
-def test_masked_tokens_and_first_positions_are_left_out() -> None:
+def test_masked_tokens_and_sinks_are_left_out() -> None:
     x, y = data(0, n=24)
     h, shift = torch.tensor(x).view(4, 6, 5), torch.tensor(y).view(4, 6, 5)
     mask = torch.ones(4, 6)
@@ -95,13 +95,30 @@ def test_masked_tokens_and_first_positions_are_left_out() -> None:
         tensor[:, 4:] = 1e6
         tensor[:, 0] = -1e6
         tensor[1, 1] = 1e6
-    clean = equiv.fit(h, shift, rank=2, mask=mask)
+    clean = equiv.fit(h, shift, rank=2, mask=mask, first_position=False)
     assert torch.equal(clean(h), equiv.fit(*poisoned, rank=2, mask=mask)(h))
     kept = torch.cat([h[0, 1:4], h[1, 2:4], h[2, 1:4], h[3, 1:4]])
     aims = torch.cat([shift[0, 1:4], shift[1, 2:4], shift[2, 1:4], shift[3, 1:4]])
     torch.testing.assert_close(equiv.fit(kept, aims, rank=2)(h), clean(h))
+    # Ordinary first tokens are no sinks: they are fitted like any other.
     with_first = equiv.fit(h, shift, rank=2, mask=mask, first_position=True)
+    assert torch.equal(equiv.fit(h, shift, rank=2, mask=mask)(h), with_first(h))
     assert not torch.allclose(with_first(h), clean(h))
+
+
+@pytest.mark.parametrize("by_default", [True, False])
+def test_sinks_are_left_out_by_default(by_default: bool) -> None:
+    """First activations fifty times larger, with shifts as large, would rule the fit."""
+    x, y = data(0, n=60)
+    h, shift = torch.tensor(x).view(10, 6, 5), torch.tensor(y).view(10, 6, 5)
+    sunk, moved = h.clone(), shift.clone()
+    sunk[:, 0] *= 50
+    moved[:, 0] = 100
+    rest = slice(1, None)
+    clean = equiv.fit(h[:, rest].reshape(-1, 5), shift[:, rest].reshape(-1, 5), rank=2)
+    first_position = None if by_default else True
+    fitted = equiv.fit(sunk, moved, rank=2, first_position=first_position)
+    assert torch.allclose(fitted(h), clean(h)) == by_default
 
 
 def test_constant_and_degenerate_activations() -> None:
@@ -179,8 +196,7 @@ def test_sequential_steering_brings_the_model_nearer() -> None:
     steering = equiv.fit_sequential(model, update, IDS, rank=8)
     exact = equiv.shifts(model, update, IDS)[1, "block_out"].exact.double()
     left = exact - steered_shift(model, steering, 1, "block_out")
-    fitted = slice(1, None)  # first positions are left out of fits
-    assert float(left[:, fitted].norm()) < float(exact[:, fitted].norm())
+    assert float(left.norm()) < float(exact.norm())
 
 
 def test_layers_below_the_update_get_no_steering() -> None:

@@ -134,7 +134,24 @@ def test_the_update_is_not_changed_either(model: Any) -> None:
     assert same(before, dict(update.deltas))
 
 
-def test_dropout_is_off_whatever_the_mode(model: Any) -> None:
+def test_a_model_that_draws_numbers_does_not_use_up_the_callers() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.rand(5)
+            return self.linear(x)
+
+    model = Noisy()
+    before = torch.get_rng_state()
+    equiv.check(model, equiv.Update.random(model, 0.1, seed=0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_dropout_is_off_whatever_the_mode() -> None:
+    model = transformer("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
     update = equiv.Update.random(model, 0.05, seed=2)
     noisy = equiv.shifts(model, update, IDS)[1, "block_out"]
     quiet = equiv.shifts(model.eval(), update, IDS)[1, "block_out"]

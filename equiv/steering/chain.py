@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from equiv.errors import ArgumentError
-from equiv.model.batches import first_unmasked
 from equiv.model.sites import SiteKey
 from equiv.model.stages import Sites, Stage, StagedModel, Steer
 from equiv.shift.measures import counted
 from equiv.shift.propagate import Trace
 from equiv.steering.fits import RIDGE, Moments, Regression
 from equiv.steering.forms import Steering
+from equiv.steering.sinks import fitted_tokens
 
 TARGETS = ("block", "site")
 
@@ -37,7 +37,7 @@ class Spec:
     rank: int | None  # None: full rank (affine), or a vector
     target: str = "block"
     ridge: float = RIDGE
-    first_position: bool = False
+    first_position: bool | None = None
 
     @property
     def rung(self) -> str:
@@ -149,7 +149,12 @@ class Chain:
             hidden = self.fitted.hidden.get(batch)
             _, sites = self.cut.run(stage, tensors, hidden, batch)
             missing = tuned[batch][self.aim] - sites[self.aim]
-            keep = kept_tokens(self.cut, batch, spec.first_position)
+            keep = fitted_tokens(
+                self.cut.batches[batch].mask,
+                sites[spec.site],
+                sites[self.aim],
+                first_position=spec.first_position,
+            )
             moments.add(counted(sites[spec.site], keep), counted(missing, keep))
         return Regression(moments, spec.ridge).form(spec.form, spec.rank)
 
@@ -162,12 +167,3 @@ class Chain:
         steering: Steering,
     ) -> None:
         stream.advance(self.cut, stage, tensors, batch, {self.spec.site: steering})
-
-
-def kept_tokens(cut: StagedModel, batch: int, first_position: bool) -> Tensor:
-    """Tokens of a batch that fits may use."""
-    mask = cut.batches[batch].mask
-    if first_position or mask.ndim < 2:
-        return mask
-    kept = mask & ~first_unmasked(mask)
-    return kept if bool(kept.any()) else mask

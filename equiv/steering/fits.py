@@ -23,6 +23,7 @@ from torch import Tensor
 
 from equiv.errors import ArgumentError
 from equiv.steering.forms import FORMS, Affine, Steering, Vector
+from equiv.steering.sinks import fitted_tokens
 
 # One thousandth of the mean variance: fits on few tokens stay bounded, and with
 # enough tokens the misfit changes in the fourth digit.
@@ -133,7 +134,7 @@ def fit(
     rank: int | None = 8,
     mask: Tensor | None = None,
     ridge: float = RIDGE,
-    first_position: bool = False,
+    first_position: bool | None = None,
 ) -> Steering:
     """The steering of a form that best matches a shift, in closed form.
 
@@ -144,9 +145,8 @@ def fit(
         rank: Rank of the affine map; `None` for full rank.
         mask: Tokens that count, [batch, seq] or [tokens]; 1 or true counts.
         ridge: Relative ridge λ added to the covariance, λ tr(C)/d.
-        first_position: Whether the first token of each sequence is fitted too. It is
-            left out by default: models park huge activations there, which would
-            dominate the fit.
+        first_position: Whether the first token of each sequence is fitted; `None`:
+            unless it is a sink (see `equiv.steering.sinks`).
 
     Returns:
         The fitted steering, in float64.
@@ -171,16 +171,6 @@ def fit(
             "Expected `base` and `exact` of one shape [batch, seq, d] or [tokens, d], "
             f"got {tuple(base.shape)} and {tuple(exact.shape)}."
         )
-    keep = fitted_tokens(base, mask, first_position)
-    if not bool(keep.any()):
-        raise ArgumentError("No token is left to fit: every token is masked.")
-    moments = Moments()
-    moments.add(base[keep].detach(), exact[keep].detach())
-    return Regression(moments, ridge).form(form, rank)
-
-
-def fitted_tokens(base: Tensor, mask: Tensor | None, first_position: bool) -> Tensor:
-    """Which tokens a fit uses, bool over the leading axes of `base`."""
     lead = base.shape[:-1]
     if mask is None:
         mask = torch.ones(lead, dtype=torch.bool, device=base.device)
@@ -188,7 +178,9 @@ def fitted_tokens(base: Tensor, mask: Tensor | None, first_position: bool) -> Te
         raise ArgumentError(
             f"Expected a mask of shape {tuple(lead)}, got {tuple(mask.shape)}."
         )
-    mask = mask.bool()
-    if mask.ndim < 2 or first_position:
-        return mask
-    return mask & (mask.cumsum(dim=1) != 1)
+    if not bool(mask.any()):
+        raise ArgumentError("No token is left to fit: every token is masked.")
+    keep = fitted_tokens(mask.bool(), base, first_position=first_position)
+    moments = Moments()
+    moments.add(base[keep].detach(), exact[keep].detach())
+    return Regression(moments, ridge).form(form, rank)

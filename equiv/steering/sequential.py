@@ -30,7 +30,7 @@ def fit_sequential(
     layers: Sequence[int] | None = None,
     tokenizer: Any = None,
     ridge: float = RIDGE,
-    first_position: bool = False,
+    first_position: bool | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[SiteKey, Steering]:
     """Fit steering at one site of every layer, from the first layer to the last.
@@ -51,7 +51,8 @@ def fit_sequential(
         layers: Layers that get steering; `None` for all.
         tokenizer: Tokenizer for texts.
         ridge: Relative ridge of the fits.
-        first_position: Whether first tokens are fitted too.
+        first_position: Whether the first token of each sequence is fitted; `None`:
+            unless it is a sink (see `equiv.steering.sinks`).
         dtype: Compute dtype of the activations; the fits are solved in float64.
 
     Returns:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
 from equiv.shift.propagate import Trace
-from equiv.steering.chain import aim, kept_tokens
+from equiv.steering.chain import aim
 from equiv.steering.fits import Moments
+from equiv.steering.sinks import fitted_tokens
 
 # (layer, what is read, whose shift is aimed at)
 PairKey = tuple[int, str, str]
@@ -20,7 +21,6 @@ class MomentTable:
     cut: StagedModel
     sites: Sequence[str]
     target: str
-    first_position: bool = False
     fitting: dict[PairKey, Moments] = field(default_factory=dict)
     held_out: dict[PairKey, Moments] = field(default_factory=dict)
 
@@ -42,11 +42,12 @@ class MomentTable:
             return
         held = self.cut.batches[trace.batch].held_out
         table = self.held_out if held else self.fitting
-        keep = kept_tokens(self.cut, trace.batch, self.first_position)
         base, tuned = trace.values[0.0], trace.values[1.0]
         for site in self.sites:
             for read, aimed in self.pairs(site):
                 moments = table.setdefault((stage.layer, read, aimed), Moments())
+                mask = self.cut.batches[trace.batch].mask
+                keep = fitted_tokens(mask, base[read], base[aimed])
                 shift = tuned[aimed] - base[aimed]
                 moments.add(counted(base[read], keep), counted(shift, keep))
 
