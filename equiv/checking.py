@@ -121,9 +121,8 @@ def check(
         max_remainder: Largest relative remainder at full size for `holds`; `None` asks
             for the order alone.
         tokenizer: Tokenizer for texts.
-        dtype: Compute dtype; `None` means order, radius' starting points and
-            superposition in float64 on at most 256 tokens, the rest in float32 with
-            float64 sums.
+        dtype: Compute dtype; `None` means order and superposition in float64 on at
+            most 256 tokens, the rest in float32 with float64 sums.
         seed: Draws inputs, the held-out quarter and the bootstrap.
         progress: Whether to show a progress bar.
 
@@ -162,7 +161,6 @@ def check(
 @dataclass
 class _Calculus:
     curves: dict[RowKey, Curve]
-    radii: dict[Question, Radius]
     superposition: Superposition | None
     tokens: int
 
@@ -203,7 +201,7 @@ class _Run:
         return Selection(frozenset(layers), tuple(sites))
 
     def calculus(self) -> _Calculus:
-        """Orders in float64, radii, superposition; on at most 256 tokens."""
+        """Orders and superposition in float64, on at most 256 tokens."""
         settings = self.settings
         few = at_most(self.batches, CALCULUS_TOKENS, settings.seed)
         tokens = sum(batch.tokens for batch in few)
@@ -220,20 +218,7 @@ class _Run:
             if cut.blocks is not None and cut.num_layers <= MAX_BLOCKS:
                 together = superposition(cut, self.update, low=tuple(self.low))
         _step(self.bar, "orders")
-        if self.kind == "random":
-            _step(self.bar, "no radii")
-            return _Calculus(found, {}, together, tokens)
-        with self._staged(few, settings.full_dtype) as cut:
-            reach = radii(
-                cut,
-                self.update,
-                found,
-                low=self.low,
-                selection=selection,
-                midpoint=settings.midpoint,
-            )
-        _step(self.bar, "radii")
-        return _Calculus(found, reach, together, tokens)
+        return _Calculus(found, together, tokens)
 
     def report(self, calculus: _Calculus) -> Report:
         """The full pass, and everything put together."""
@@ -247,6 +232,7 @@ class _Run:
             moments = MomentTable(cut, sites, settings.target)
             ladder = self._ladder(cut, specs, sites)
             self._full_pass(cut, table, moments, ladder)
+            reach = self._radii(cut, table, calculus)
             plain_add = bool(cut.blocks and cut.blocks.architecture.plain_add)
             parameters = sum(p.numel() for p in self.model.parameters())
             return Report(
@@ -254,7 +240,7 @@ class _Run:
                 rows=assemble.rows(
                     table.rows,
                     calculus.curves,
-                    calculus.radii,
+                    reach,
                     midpoint=settings.midpoint,
                     dtype=settings.full_dtype,
                     order_dtype=settings.order_dtype,
@@ -300,6 +286,23 @@ class _Run:
             single = None
         return Ladder(cut, sites, specs, self.settings.midpoint, single)
 
+    def _radii(
+        self, cut: StagedModel, table: Table, calculus: _Calculus
+    ) -> dict[Question, Radius]:
+        if self.kind == "random":
+            return {}
+        found = radii(
+            cut,
+            self.update,
+            table.rows,
+            calculus.curves,
+            low=self.low,
+            selection=self._selection(cut),
+            midpoint=self.settings.midpoint,
+        )
+        _step(self.bar, "radii")
+        return found
+
     def _full_pass(
         self,
         cut: StagedModel,
@@ -309,7 +312,7 @@ class _Run:
     ) -> None:
         points = (BASE, MIDPOINT, TUNED) if self.settings.midpoint else (BASE, TUNED)
         hidden: dict[int, Tensor] = {}
-        passes = propagate(cut, self.update, points, low=self.low, local=True)
+        passes = propagate(cut, self.update, points, low=self.low, local=points)
         self.bar.total += len(cut.stages)
         for stage, tensors, traces in self._shown(passes):
             kept = []

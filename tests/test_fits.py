@@ -108,7 +108,7 @@ def test_masked_tokens_and_sinks_are_left_out() -> None:
 
 @pytest.mark.parametrize("by_default", [True, False])
 def test_sinks_are_left_out_by_default(by_default: bool) -> None:
-    """First activations fifty times larger, with shifts as large, would rule the fit."""
+    """First activations fifty times larger would rule the fit with their shifts."""
     x, y = data(0, n=60)
     h, shift = torch.tensor(x).view(10, 6, 5), torch.tensor(y).view(10, 6, 5)
     sunk, moved = h.clone(), shift.clone()

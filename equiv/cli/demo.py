@@ -20,7 +20,7 @@ from equiv.report.numbers import figure, percent
 from equiv.report.report import Report
 from equiv.report.text import WIDTH, rendered
 
-SEQUENCES = 256
+SEQUENCES = 128
 
 
 def run() -> Report:

@@ -175,8 +175,8 @@ def _orders(report: "Report") -> Iterator[str]:
     said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     tokens = report.subject.calculus_tokens
     yield (
-        f"Second order (Taylor test), over {len(report.rows)} rows: {said}; orders "
-        f"and radii on {tokens:,} tokens."
+        f"Second order (Taylor test), over {len(report.rows)} rows and {tokens:,} "
+        f"tokens: {said}."
     )
     for row in report.rows:
         if row.order.verdict in (Verdict.FAILS, Verdict.INCONCLUSIVE):

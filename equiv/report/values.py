@@ -144,7 +144,7 @@ class Subject:
     sequences: int
     tokens: int
     held_out_sequences: int
-    calculus_tokens: int  # drawn from all tokens, for orders, radii, superposition
+    calculus_tokens: int  # drawn from all tokens, for orders and superposition
     seed: int
     at: str
     target: str

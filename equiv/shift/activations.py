@@ -102,7 +102,7 @@ class Shifts:
         with measured(model):
             cut = prepared(model, self._batches, self._dtype, self._sites)
         points = (BASE, MIDPOINT, TUNED)
-        passes = propagate(cut, self._update, points, low=low, local=True)
+        passes = propagate(cut, self._update, points, low=low, local=(BASE, TUNED))
         for _ in cut.stages:
             # The model is put back before each shift is handed out: what the caller
             # does between two shifts, with this model too, is not ours.

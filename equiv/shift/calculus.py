@@ -116,13 +116,12 @@ def curves(
     low: Sequence[str],
     selection: Selection,
     midpoint: bool = True,
-    local: bool = True,
     scales: Sequence[float] = SCALES,
 ) -> dict[RowKey, Curve]:
     """Taylor curves at every selected layer and site, propagated and local."""
     points = taylor_points(scales, midpoint)
     found: dict[RowKey, Curve] = {}
-    for _, _, traces in propagate(cut, update, points, low=low, local=local):
+    for _, _, traces in propagate(cut, update, points, low=low, local=points):
         for trace in traces:
             mask = cut.batches[trace.batch].mask
             for key, values, tangents in scopes(trace, selection):

@@ -130,16 +130,16 @@ def propagate(
     points: Sequence[Point] = (BASE, MIDPOINT, TUNED),
     *,
     low: Sequence[str] = (),
-    local: bool = False,
+    local: Sequence[Point] = (),
 ) -> Iterator[tuple[Stage, dict[str, Tensor], Iterator[Trace]]]:
     """Stream (stage, its tensors, one `Trace` per batch) from bottom to top.
 
     Args:
         cut: The model, cut into stages.
         update: An update that fits the model.
-        points: The scales wanted; 0 is always run.
+        points: The scales wanted, propagated; 0 is always run.
         low: Names whose low-rank factors are applied beside the weight.
-        local: Whether the local values are wanted too.
+        local: The scales wanted, local.
 
     The traces of a stage must be used up before the next stage is asked for.
 
@@ -147,14 +147,17 @@ def propagate(
         ForwardModeError: If an operation of the model has no forward-mode derivative.
     """
     streams = [_Stream() for _ in cut.batches]
-    wanted = (
-        tuple(points) if any(p.scale == 0 for p in points) else (Point(0.0), *points)
-    )
+    wanted, wanted_local = _with_base(points), _with_base(local) if local else ()
     allowed = set(low)
     for stage in cut.stages:
         tensors = cut.tensors(stage)
-        pass_ = _Pass(cut, stage, tensors, update, allowed, wanted, local)
+        pass_ = _Pass(cut, stage, tensors, update, allowed, wanted, wanted_local)
         yield stage, tensors, (pass_.trace(i, streams[i]) for i in range(len(streams)))
+
+
+def _with_base(points: Sequence[Point]) -> tuple[Point, ...]:
+    known = any(point.scale == 0 for point in points)
+    return tuple(points) if known else (Point(0.0), *points)
 
 
 class _Pass:
@@ -168,7 +171,7 @@ class _Pass:
         update: Update,
         allowed: set[str],
         points: tuple[Point, ...],
-        local: bool,
+        local: tuple[Point, ...],
     ) -> None:
         self.cut, self.stage, self.tensors = cut, stage, tensors
         self.update, self.allowed = update, allowed
@@ -207,10 +210,10 @@ class _Pass:
             else:
                 out, values[s] = self._forward(batch, s, h)
             hidden[s] = out
-            if self.local:
-                self._local(
-                    batch, stream, point, local_values, local_tangents, values, tangents
-                )
+        for point in self.local:
+            self._local(
+                batch, stream, point, local_values, local_tangents, values, tangents
+            )
         trace = Trace(
             self.stage,
             batch,
@@ -244,7 +247,8 @@ class _Pass:
         s = point.scale
         if not self.delta:
             return
-        if not stream.moved:  # nothing came from below: local is propagated
+        known = s in values and (s in tangents or not point.tangent)
+        if not stream.moved and known:  # nothing came from below: local is propagated
             local_values[s] = values[s]
             if point.tangent:
                 local_tangents[s] = tangents[s]

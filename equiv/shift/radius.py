@@ -2,8 +2,10 @@
 
 The radius at tolerance τ is the largest t such that every probed t′ ≤ t has a relative
 remainder ≤ τ. τ = 10 % is a convention. It is found by bisection over the grid
-t = 2^(k/16), whose neighbours are 4.4 % apart, starting from the scales of the Taylor
-test; all rows are bisected together, so a scale that several rows ask for is run once.
+t = 2^(k/16), whose neighbours are 4.4 % apart, on all tokens; it starts from the
+remainder at full size (t = 1), so the two never contradict each other, and from the
+radius that the next term of the series predicts. All rows are bisected together, each
+over the roundest scales first, so that they ask for the same ones: each is run once.
 """
 
 import math
@@ -14,7 +16,8 @@ from equiv.model.stages import StagedModel
 from equiv.shift.calculus import Curve, RowKey, Selection, scopes
 from equiv.shift.measures import Comparison, counted
 from equiv.shift.propagate import Point, propagate
-from equiv.shift.results import Radius
+from equiv.shift.results import Radius, Scope
+from equiv.shift.table import FullSize
 from equiv.update.update import Update
 
 TOLERANCE = 0.1
@@ -30,6 +33,7 @@ class _Bracket:
     """Largest grid index known to be within the tolerance, smallest known outside."""
 
     probed: dict[int, float] = field(default_factory=dict)
+    predicted: float | None = None
 
     def edges(self, tolerance: float) -> tuple[int | None, int | None]:
         inside: int | None = None
@@ -45,13 +49,36 @@ class _Bracket:
         if outside is None:
             top = max(self.probed) + STEPS_PER_OCTAVE
             return top if _t(top) <= LARGEST else None
-        low = outside - 2 * STEPS_PER_OCTAVE if inside is None else inside
-        if inside is None and min(self.probed) <= _FINEST:
+        if inside is None:
+            return self._below(outside)
+        if outside - inside <= 1:
             return None
-        return None if outside - low <= 1 else (low + outside) // 2
+        return _roundest(inside, outside)
+
+    def _below(self, outside: int) -> int | None:
+        """A power of two that should be within, by the prediction or by going down."""
+        if outside <= _FINEST:
+            return None
+        lower = (outside - 1) // STEPS_PER_OCTAVE * STEPS_PER_OCTAVE
+        if self.predicted and len(self.probed) == 1:
+            lower = min(lower, math.floor(math.log2(self.predicted)) * STEPS_PER_OCTAVE)
+        return max(_FINEST, lower)
 
 
-_FINEST = -10 * STEPS_PER_OCTAVE
+_FINEST = -16 * STEPS_PER_OCTAVE
+
+
+def _roundest(low: int, high: int) -> int:
+    """Between two grid indices, the one that most brackets will ask for.
+
+    Example:
+        >>> _roundest(-24, 0), _roundest(-16, 0), _roundest(-4, -1)
+        (-16, -8, -2)
+    """
+    step = STEPS_PER_OCTAVE
+    while not (found := range((low // step + 1) * step, high, step)):
+        step //= 2
+    return found[len(found) // 2]
 
 
 def _t(k: int) -> float:
@@ -61,6 +88,7 @@ def _t(k: int) -> float:
 def radii(
     cut: StagedModel,
     update: Update,
+    full: Mapping[RowKey, FullSize],
     curves: Mapping[RowKey, Curve],
     *,
     low: Sequence[str],
@@ -68,8 +96,19 @@ def radii(
     midpoint: bool,
     tolerance: float = TOLERANCE,
 ) -> dict[Question, Radius]:
-    """Radii at every row that has a shift, at the base and at the midpoint."""
-    brackets = _start(curves, midpoint)
+    """Radii at every row that has a shift, at the base and at the midpoint.
+
+    Args:
+        cut: The model cut into stages, with all tokens.
+        update: An update that fits it.
+        full: The rows at full size, measured on the same tokens.
+        curves: The Taylor curves, for the predictions.
+        low: Names whose low-rank factors are applied beside the weight.
+        selection: Which layers and sites are rows.
+        midpoint: Whether the radius at the midpoint is wanted too.
+        tolerance: τ.
+    """
+    brackets = _start(full, curves, midpoint, tolerance)
     while True:
         wanted = {q: b.next(tolerance) for q, b in brackets.items()}
         asked = {q: k for q, k in wanted.items() if k is not None}
@@ -78,26 +117,26 @@ def radii(
         measured = _measure(cut, update, asked, low=low, selection=selection)
         for question, remainder in measured.items():
             brackets[question].probed[asked[question]] = remainder
-    return {q: _radius(q, b, curves[q[0]], tolerance) for q, b in brackets.items()}
+    return {q: _radius(b, tolerance) for q, b in brackets.items()}
 
 
-def _start(curves: Mapping[RowKey, Curve], midpoint: bool) -> dict[Question, _Bracket]:
-    """Brackets from the Taylor test's own scales."""
+def _start(
+    full: Mapping[RowKey, FullSize],
+    curves: Mapping[RowKey, Curve],
+    midpoint: bool,
+    tolerance: float,
+) -> dict[Question, _Bracket]:
+    """One known scale each, t = 1, and the prediction."""
     brackets: dict[Question, _Bracket] = {}
-    for key, curve in curves.items():
-        points = [p for p in curve.points() if p.shift > 0]
-        if not points:
-            continue
-        grid = {p.scale: round(STEPS_PER_OCTAVE * math.log2(p.scale)) for p in points}
-        base = {grid[p.scale]: p.remainder / p.shift for p in points}
-        brackets[key, False] = _Bracket(base)
-        if midpoint:
-            middle = {
-                grid[p.scale]: p.remainder_midpoint / p.shift
-                for p in points
-                if p.remainder_midpoint is not None
-            }
-            brackets[key, True] = _Bracket(middle)
+    for key, row in full.items():
+        base, middle = row.first.relative_remainder, row.midpoint.relative_remainder
+        curve = curves[key]
+        if base is not None:
+            predicted = curve.predicted_radius(tolerance)
+            brackets[key, False] = _Bracket({0: base}, predicted)
+        if midpoint and middle is not None:
+            predicted = curve.predicted_radius_midpoint(tolerance)
+            brackets[key, True] = _Bracket({0: middle}, predicted)
     return brackets
 
 
@@ -110,10 +149,10 @@ def _measure(
     selection: Selection,
 ) -> dict[Question, float]:
     """Relative remainders at the grid scales asked for, in one pass."""
-    values = {_t(k) for k in asked.values()}
-    tangents = {0.0} | {_t(k) / 2 for (_, mid), k in asked.items() if mid}
-    points = tuple(Point(s, s in tangents) for s in sorted(values | tangents))
-    local = any(key[2].value == "local" for key, _ in asked)
+    points, local = (
+        _points([(k, mid) for (key, mid), k in asked.items() if key[2] is scope])
+        for scope in (Scope.PROPAGATED, Scope.LOCAL)
+    )
     sums: dict[Question, Comparison] = {}
     for _, _, traces in propagate(cut, update, points, low=low, local=local):
         for trace in traces:
@@ -121,7 +160,7 @@ def _measure(
             for key, f, d in scopes(trace, selection):
                 for mid in (False, True):
                     k = asked.get((key, mid))
-                    if k is None or not d:
+                    if k is None or not d:  # not asked, or nothing moves here
                         continue
                     site, t = key[1], _t(k)
                     base = counted(f[0.0][site], mask)
@@ -132,15 +171,14 @@ def _measure(
     return {q: c.relative_remainder or 0.0 for q, c in sums.items()}
 
 
-def _radius(
-    question: Question, bracket: _Bracket, curve: Curve, tolerance: float
-) -> Radius:
-    _, mid = question
+def _points(wanted: Sequence[tuple[int, bool]]) -> tuple[Point, ...]:
+    """What has to be run for (grid index, whether at the midpoint)."""
+    values = {_t(k) for k, _ in wanted}
+    tangents = {_t(k) / 2 if mid else 0.0 for k, mid in wanted}
+    return tuple(Point(s, s in tangents) for s in sorted(values | tangents))
+
+
+def _radius(bracket: _Bracket, tolerance: float) -> Radius:
     inside, outside = bracket.edges(tolerance)
-    predicted = (
-        curve.predicted_radius_midpoint(tolerance)
-        if mid
-        else curve.predicted_radius(tolerance)
-    )
     value = 0.0 if inside is None else _t(inside)
-    return Radius(value, outside is None, predicted, tolerance)
+    return Radius(value, outside is None, bracket.predicted, tolerance)

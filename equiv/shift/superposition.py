@@ -46,7 +46,7 @@ def superposition(
     points = (Point(0.0, True),)
     site = cut.output_site
     touched = 0
-    for stage, tensors, traces in propagate(cut, update, points, low=low, local=True):
+    for stage, tensors, traces in propagate(cut, update, points, low=low, local=points):
         for trace in traces:
             batch, h = trace.batch, inputs[trace.batch]
             moved = []
