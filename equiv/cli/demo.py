@@ -17,10 +17,11 @@ from equiv.demo.loading import (
 )
 from equiv.report.answer import best, exact_oracle, unsteered
 from equiv.report.numbers import figure, percent
+from equiv.report.prose import Prose
 from equiv.report.report import Report
 from equiv.report.text import WIDTH, rendered
 
-SEQUENCES = 128
+SEQUENCES = 160
 
 
 def run() -> Report:
@@ -33,24 +34,27 @@ def run() -> Report:
     console.print(rendered(lora))
     console.print(Text("\nThe same skill learnt in all weights\n", style="bold"))
     full = check(base, load_tuned(), lines, tokenizer=tokenizer, progress=True)
-    console.print(Text(full.headline, style="bold"))
+    console.print(Prose(full.headline, style="bold"))
     console.print("")
     console.print(_comparison({"LoRA": lora, "all weights": full}))
     console.print(
-        "\nThe exact oracle sets the site to the tuned model's own activation: what it"
-        "\nleaves is done by the update of the output head, out of reach of any steer."
-        "\n`--html FILE` writes the first report as a page with its pictures.\n"
+        Prose(
+            "\nThe exact oracle sets the site to the tuned model's own activation in "
+            "every layer: what it leaves is out of reach of any steer there. What it "
+            "leaves at block_out is done by the update of the output head.\n"
+            "`--html FILE` writes the first report as a page with its pictures.\n"
+        )
     )
     return lora
 
 
-def _introduction(line: str) -> Text:
+def _introduction(line: str) -> Prose:
     accuracy = json.loads(CARD.read_text())["accuracy"]
 
     def share(model: str) -> str:
         return percent(accuracy[model]["new operators"]["all"]["accuracy"])
 
-    return Text(
+    return Prose(
         "A Llama of 0.86 million parameters evaluates expressions such as\n\n"
         f"    {line}\n\n"
         "It learnt MAX, MIN, MED and SM, and rarely met LAST and RNG. Fine-tuning "

@@ -208,17 +208,22 @@ def meaning(report: "Report") -> list[str]:
         )
     oracle = exact_oracle(report)
     if row is not None and oracle is not None and oracle.recovered is not None:
-        rest = (
-            ""
-            if oracle.recovered > 0.995
-            else "; the rest is what the update does after the last site, in the head"
-        )
+        everywhere = " in every layer" if report.subject.num_layers > 1 else ""
         said.append(
-            f"Setting {oracle.site} to the tuned model's own activation recovers "
-            f"{percent(oracle.recovered)}{rest}. The difference to that is the price "
-            "of the form."
+            f"Setting {oracle.site} to the tuned model's own activation{everywhere} "
+            f"recovers {percent(oracle.recovered)}{_out_of_reach(report, oracle)}. The "
+            "difference to that is the price of the form."
         )
     return said
+
+
+def _out_of_reach(report: "Report", oracle: Behaviour) -> str:
+    """What the exact oracle leaves, and why; nothing when it is only rounding."""
+    if (oracle.recovered or 0.0) > 0.9999 or report.subject.num_layers < 2:
+        return ""
+    if oracle.site == "block_out":
+        return "; the rest is done after the last block, by the update of the head"
+    return "; the rest is done by what is added to the stream elsewhere, or by the head"
 
 
 def _times(value: Radius) -> str:

@@ -1,5 +1,6 @@
 """A report as text: for `print(report)` and, with colours, for the command line."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ from rich.text import Text
 
 from equiv.report.answer import RANDOM_INPUTS, best, inputs, meaning, unsteered
 from equiv.report.numbers import figure, percent, scale
-from equiv.report.values import Behaviour, Radius, Row, Scope, Verdict
+from equiv.report.prose import Prose
+from equiv.report.values import Behaviour, Order, Radius, Row, Scope, Verdict
 
 if TYPE_CHECKING:
     from equiv.report.report import Report
@@ -40,21 +42,21 @@ def rendered(report: "Report") -> RenderableType:
 
 
 def _sections(report: "Report") -> Iterator[RenderableType]:
-    yield Text(report.headline, style="bold")
+    yield Prose(report.headline, style="bold")
     yield Text("")
-    yield Text(_subject(report), style="dim")
+    yield Prose(_subject(report), style="dim")
     yield Text("")
     yield _shift_table(report)
-    yield from (Text(line) for line in _orders(report))
+    yield from (Prose(line) for line in _orders(report))
     if report.superposition is not None:
-        yield Text(f"Superposition: {report.superposition.reason}.")
+        yield Prose(f"Superposition: {report.superposition.reason}.")
     yield Text("")
     yield from _behaviour(report)
     yield from _by_layer(report)
     yield from _coverage(report)
     yield Text("What this means", style="bold")
-    yield from (Text(f"  {line}") for line in meaning(report))
-    yield from (Text(f"Note: {note}.", style="dim") for note in report.notes)
+    yield from (Prose(line, indent="  ") for line in meaning(report))
+    yield from (Prose(f"Note: {note}.", style="dim") for note in report.notes)
 
 
 def _subject(report: "Report") -> str:
@@ -109,7 +111,7 @@ def _by_site(rows: Sequence[Row], title: str) -> RenderableType:
 
 def _titled(title: str, table: Table) -> RenderableType:
     """A title above a table, as wide as the page and not as the table."""
-    return Group(Text(title, style="bold"), table)
+    return Group(Prose(title, style="bold"), table)
 
 
 def _table(*columns: str) -> Table:
@@ -169,28 +171,42 @@ def _legend() -> str:
 
 
 def _orders(report: "Report") -> Iterator[str]:
-    counts: dict[str, int] = {}
-    for row in report.rows:
-        counts[row.order.verdict] = counts.get(row.order.verdict, 0) + 1
-    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     tokens = report.subject.calculus_tokens
-    yield (
-        f"Second order (Taylor test), over {len(report.rows)} rows and {tokens:,} "
-        f"tokens: {said}."
-    )
+    said = f"Second order from the base: {_counted([r.order for r in report.rows])}"
+    middle = [r.order_midpoint for r in report.rows if r.order_midpoint is not None]
+    if middle:
+        said += f"; third order from the midpoint: {_counted(middle)}"
+    yield f"Taylor test of {len(report.rows)} rows on {tokens:,} tokens. {said}."
     for row in report.rows:
         if row.order.verdict in (Verdict.FAILS, Verdict.INCONCLUSIVE):
             yield (
                 f"  layer {row.layer}, {row.site}, {row.scope}: {row.order.verdict}: "
                 f"{row.order.reason}"
             )
+    ratios = [
+        radius.predicted / radius.value
+        for row in report.rows
+        for radius in (row.radius, row.radius_midpoint)
+        if radius and radius.predicted and radius.value and not radius.at_least
+    ]
+    if ratios:
+        low, high = (figure(r, 2) for r in (min(ratios), max(ratios)))
+        yield (
+            "Radii predicted from the next term of the series are "
+            f"{low} to {high} times those measured."
+        )
+
+
+def _counted(orders: Sequence[Order]) -> str:
+    counts = Counter(order.verdict.value for order in orders)
+    return ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
 
 
 def _behaviour(report: "Report") -> Iterator[RenderableType]:
     none = unsteered(report)
     if none is None:
         why = RANDOM_INPUTS if report.subject.inputs == "random" else "not measured"
-        yield Text(f"Behaviour: {why}.")
+        yield Prose(f"Behaviour: {why}.")
         yield Text("")
         return
     every = [row for row in report.behaviour if row.layers == "all" and row.site]
@@ -209,7 +225,7 @@ def _behaviour(report: "Report") -> Iterator[RenderableType]:
         name = rung.replace("first-order", "1st-order")
         table.add_row(name, *(_recovered(row) for row in found))
     yield _titled(title, table)
-    yield from (Text(line) for line in _best_lines(report))
+    yield from (Prose(line) for line in _best_lines(report))
     yield Text("")
 
 
@@ -261,7 +277,7 @@ def _by_layer(report: "Report") -> Iterator[RenderableType]:
     yield _titled(f"{title} (held out)", table)
     few = next((fit for fit in fits if fit.verdict != "measured"), None)
     if few is not None:
-        yield Text(f"{few.verdict.capitalize()}: {few.reason}.")
+        yield Prose(f"{few.verdict.capitalize()}: {few.reason}.")
     yield Text("")
 
 
