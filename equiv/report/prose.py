@@ -35,7 +35,7 @@ class Prose:
         width = min(options.max_width, WIDEST)
         lines = [
             wrapped
-            for line in _INSIDE_FIGURES.sub(_NO_BREAK, self.text).splitlines()
+            for line in _INSIDE_FIGURES.sub(_NO_BREAK, self.text).split("\n")
             for wrapped in _wrapped(line, width, self.indent)
         ]
         yield Text("\n".join(lines).replace(_NO_BREAK, " "), style=self.style)
