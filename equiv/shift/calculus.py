@@ -153,22 +153,28 @@ def _add(
     mask: Tensor,
     scales: Sequence[float],
 ) -> None:
-    f = {s: counted(sites[site], mask) for s, sites in values.items()}
-    d = {s: counted(sites[site], mask) for s, sites in tangents.items()}
-    zero = torch.zeros_like(f[0.0])
-    first = d.get(0.0, zero)
+    def at(found: Mapping[float, Sites], scale: float) -> Tensor:
+        return counted(found[scale][site], mask)
+
+    base = at(values, 0.0)
+    zero = torch.zeros_like(base)
+
+    def slope(scale: float) -> Tensor:
+        return at(tangents, scale) if tangents else zero
+
+    first = slope(0.0)
     curve.tokens += len(zero)
-    curve.base.add(f[0.0])
+    curve.base.add(base)
     curve.first.add(first)
-    ahead, behind = d.get(DIFFERENCE, zero), d.get(-DIFFERENCE, zero)
+    ahead, behind = slope(DIFFERENCE), slope(-DIFFERENCE)
     curve.second.add((ahead - behind) / (2 * DIFFERENCE))
     curve.third.add((ahead - 2 * first + behind) / DIFFERENCE**2)
-    curve.noise.add(f[NOISE_SCALE] - f[0.0] - NOISE_SCALE * first)
+    del ahead, behind
+    curve.noise.add(at(values, NOISE_SCALE) - base - NOISE_SCALE * first)
     for t in scales:
-        shift = f[t] - f[0.0]
+        shift = at(values, t) - base
         curve.shift.setdefault(t, Square()).add(shift)
         curve.remainder.setdefault(t, Square()).add(shift - t * first)
-        if not d or t / 2 in d:
-            middle = d.get(t / 2, zero)
+        if not tangents or t / 2 in tangents:
             square = curve.remainder_midpoint.setdefault(t, Square())
-            square.add(shift - t * middle)
+            square.add(shift - t * slope(t / 2))

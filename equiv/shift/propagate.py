@@ -16,12 +16,17 @@ g(s) = stage(W + sΔW, h(0)), g′(s) = its derivative in W alone.
 
 Below the first stage that the update touches nothing moves: such stages run once.
 Low-rank updates enter as W x + s · left (right x) and are never made dense.
+
+The head runs at a scale only when that scale is asked for: logits are as wide as the
+vocabulary, and those of all points at once would not fit into memory.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +42,8 @@ from equiv.model.stages import (
 )
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,27 @@ class Trace:
     tangents: Mapping[float, Sites]
     local_values: Mapping[float, Sites]
     local_tangents: Mapping[float, Sites]
+
+
+class _OnDemand(Mapping[float, Sites]):
+    """Scale → sites, computed when asked for and not kept."""
+
+    def __init__(self, scales: Sequence[float], run: Callable[[float], Sites]) -> None:
+        self._scales, self._run = tuple(scales), run
+
+    def __getitem__(self, scale: float) -> Sites:
+        if scale not in self._scales:
+            raise KeyError(scale)
+        return self._run(scale)
+
+    def __contains__(self, scale: object) -> bool:
+        return scale in self._scales
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._scales)
+
+    def __len__(self) -> int:
+        return len(self._scales)
 
 
 @dataclass
@@ -182,18 +210,23 @@ class _Pass:
         self.shifted: dict[float, dict[str, Tensor]] = {}
 
     def trace(self, batch: int, stream: _Stream) -> Trace:
+        if not self.delta and not stream.moved:
+            return self._unmoved(batch, stream)
+        if self.stage.name == "head":
+            return self._head(batch, stream)
+        return self._retried(lambda: self._trace(batch, stream))
+
+    def _retried(self, run: Callable[[], T]) -> T:
         try:
-            return self._trace(batch, stream)
+            return run()
         except UnusedFactorsError as unused:
             # The weight is used in some way that a hook cannot see: make it dense.
             self.allowed -= unused.names
             self.delta = _StageUpdate(self.cut, self.stage, self.update, self.allowed)
             self.shifted.clear()
-            return self._trace(batch, stream)
+            return run()
 
     def _trace(self, batch: int, stream: _Stream) -> Trace:
-        if not self.delta and not stream.moved:
-            return self._unmoved(batch, stream)
         values: dict[float, Sites] = {}
         tangents: dict[float, Sites] = {}
         local_values: dict[float, Sites] = {}
@@ -227,6 +260,56 @@ class _Pass:
         stream.base, stream.hidden, stream.tangent = hidden[0.0], hidden, tangent
         stream.moved = True
         return trace
+
+    def _head(self, batch: int, stream: _Stream) -> Trace:
+        values, tangents = self._asked(
+            batch, self.points, stream.base, stream.hidden, stream.tangent
+        )
+        local = self.local if self.delta else ()
+        local_values, local_tangents = self._asked(batch, local, stream.base, {}, {})
+        touched = bool(self.delta)
+        return Trace(
+            self.stage,
+            batch,
+            True,
+            touched,
+            values,
+            tangents,
+            local_values,
+            local_tangents,
+        )
+
+    def _asked(
+        self,
+        batch: int,
+        points: Sequence[Point],
+        base: Tensor | None,
+        hidden: Mapping[float, Tensor],
+        tangent: Mapping[float, Tensor],
+    ) -> tuple[_OnDemand, _OnDemand]:
+        """(values, tangents) of the head at some points; only the base's are kept."""
+
+        def both(s: float) -> tuple[Sites, Sites]:
+            h, dh = hidden.get(s, base), tangent.get(s)
+            _, sites, _, dsites = self._retried(lambda: self._jvp(batch, s, h, dh))
+            return sites, dsites
+
+        at_base = cache(lambda: both(0.0))
+        sloped = [point.scale for point in points if point.tangent]
+
+        def value(s: float) -> Sites:
+            if s == 0.0 and s in sloped:
+                return at_base()[0]
+            h = hidden.get(s, base)
+            return self._retried(lambda: self._forward(batch, s, h))[1]
+
+        def slope(s: float) -> Sites:
+            return (at_base() if s == 0.0 else both(s))[1]
+
+        return (
+            _OnDemand([point.scale for point in points], value),
+            _OnDemand(sloped, slope),
+        )
 
     def _unmoved(self, batch: int, stream: _Stream) -> Trace:
         out, sites = self.cut.run(self.stage, self.tensors, stream.base, batch)

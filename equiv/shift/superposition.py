@@ -11,13 +11,16 @@ together they would be the recursion that defines the left side, and could not d
 from it. The identity is exact, so the two sides differ by rounding only.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from torch.func import jvp
 
-from equiv.model.stages import StagedModel
-from equiv.shift.measures import counted
-from equiv.shift.propagate import Point, propagate
+from equiv.model.stages import Stage, StagedModel
+from equiv.shift.measures import Comparison, counted
+from equiv.shift.propagate import Point, Trace, propagate
 from equiv.shift.results import Superposition, Verdict
 from equiv.update.update import Update
 
@@ -40,49 +43,59 @@ def superposition(
     Returns:
         The relative difference over the tokens that count, and its verdict.
     """
-    carried: dict[int, list[Tensor]] = {i: [] for i in range(len(cut.batches))}
-    inputs: dict[int, Tensor | None] = dict.fromkeys(range(len(cut.batches)))
-    whole: dict[int, Tensor] = {}
+    streams = [_Carried() for _ in cut.batches]
+    sums = Comparison()
     points = (Point(0.0, True),)
-    site = cut.output_site
     touched = 0
     for stage, tensors, traces in propagate(cut, update, points, low=low, local=points):
         for trace in traces:
-            batch, h = trace.batch, inputs[trace.batch]
-            moved = []
-            for delta in carried[batch]:
-
-                def run(x: Tensor, batch: int = batch) -> Tensor:
-                    return cut.run(stage, tensors, x, batch)[0]  # noqa: B023
-
-                moved.append(jvp(run, (h,), (delta,))[1])
-            carried[batch] = moved
-            if trace.touched:
-                touched += trace.batch == 0
-                carried[batch].append(trace.local_tangents[0.0][stage.output])
-            inputs[batch] = trace.values[0.0][stage.output]
-            if site in trace.values[0.0] and trace.tangents:
-                whole[batch] = trace.tangents[0.0][site]
-    return _compare(cut, carried, whole, touched)
+            stream = streams[trace.batch]
+            touched += trace.touched and trace.batch == 0
+            moved = _moved(cut, stage, tensors, trace, stream)
+            if cut.output_site not in (site := trace.values[0.0]):
+                stream.deltas = list(moved)
+                stream.hidden = site[stage.output]
+            elif trace.tangents:
+                whole = trace.tangents[0.0][cut.output_site]
+                total = torch.zeros_like(whole)
+                for delta in moved:
+                    total += delta
+                mask = cut.batches[trace.batch].mask
+                sums.add(counted(whole, mask), counted(total, mask))
+    return _judged(cut, sums, touched)
 
 
-def _compare(
+@dataclass
+class _Carried:
+    """One batch: the input of a stage, and the first-order shifts made below it."""
+
+    hidden: Tensor | None = None
+    deltas: list[Tensor] = field(default_factory=list)
+
+
+def _moved(
     cut: StagedModel,
-    carried: dict[int, list[Tensor]],
-    whole: dict[int, Tensor],
-    stages: int,
-) -> Superposition:
-    difference = total = 0.0
-    for batch, expected in whole.items():
-        mask = cut.batches[batch].mask
-        actual = torch.stack(carried[batch]).sum(0)
-        expected_rows = counted(expected, mask)
-        difference += float((counted(actual, mask) - expected_rows).square().sum())
-        total += float(expected_rows.square().sum())
-    if not total:
+    stage: Stage,
+    tensors: Mapping[str, Tensor],
+    trace: Trace,
+    stream: _Carried,
+) -> Iterator[Tensor]:
+    """Every shift carried through a stage by itself, and the stage's own."""
+
+    def run(x: Tensor) -> Tensor:
+        return cut.run(stage, tensors, x, trace.batch)[0]
+
+    for delta in stream.deltas:
+        yield jvp(run, (stream.hidden,), (delta,))[1]
+    if trace.touched:
+        yield trace.local_tangents[0.0][stage.output]
+
+
+def _judged(cut: StagedModel, sums: Comparison, stages: int) -> Superposition:
+    relative = sums.relative_remainder
+    if relative is None:
         reason = "the first-order shift of the output is zero"
         return Superposition(Verdict.NOT_APPLICABLE, reason, None, stages)
-    relative = (difference / total) ** 0.5
     limit = ROUNDINGS * torch.finfo(cut.dtype).eps
     if relative <= limit:
         reason = f"the sum over {stages} stages is the whole JVP, to rounding"
