@@ -1,7 +1,7 @@
 """`equiv.check`: the one verb. Measures everything and returns a `Report`."""
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from equiv.arguments import (
+    as_choice,
+    as_dtype,
+    as_integer,
+    as_layers,
+    as_names,
+    as_number,
+    as_seed,
+)
 from equiv.behaviour.ladder import Ladder
-from equiv.errors import ArgumentError, InputsError, SiteError
+from equiv.errors import InputsError, SiteError
 from equiv.model.batches import Batch, at_most, from_inputs, split
 from equiv.model.drawn import random_inputs, sampled
 from equiv.model.families import find_blocks
@@ -64,9 +73,10 @@ class _Settings:
     def order_dtype(self) -> torch.dtype:
         return self.dtype or torch.float64
 
-    @property
-    def full_dtype(self) -> torch.dtype:
-        return self.dtype or torch.float32
+    def full_dtype(self, curves: Mapping[RowKey, Curve]) -> torch.dtype:
+        """Float32 unless its rounding would be taken for the update's remainder."""
+        small = any(curve.needs_float64(TOLERANCE) for curve in curves.values())
+        return self.dtype or (torch.float64 if small else torch.float32)
 
     def specs(self, sites: Sequence[str], width: int | None) -> list[Spec]:
         """The fitted rungs of the ladder, per site."""
@@ -122,7 +132,8 @@ def check(
             for the order alone.
         tokenizer: Tokenizer for texts.
         dtype: Compute dtype; `None` means order and superposition in float64 on at
-            most 256 tokens, the rest in float32 with float64 sums.
+            most 256 tokens, the rest in float32 with float64 sums (in float64 where
+            the update is so small that float32's rounding would show).
         seed: Draws inputs, the held-out quarter and the bootstrap.
         progress: Whether to show a progress bar.
 
@@ -223,7 +234,12 @@ class _Run:
     def report(self, calculus: _Calculus) -> Report:
         """The full pass, and everything put together."""
         settings = self.settings
-        with self._staged(self.batches, settings.full_dtype) as cut:
+        dtype = settings.full_dtype(calculus.curves)
+        if settings.dtype is None and dtype == torch.float64:
+            self.notes.append(
+                "measured in float64 throughout: the update is too small for float32"
+            )
+        with self._staged(self.batches, dtype) as cut:
             selection = self._selection(cut)
             table = Table(selection)
             width = _width(self.model)
@@ -242,7 +258,7 @@ class _Run:
                     calculus.curves,
                     reach,
                     midpoint=settings.midpoint,
-                    dtype=settings.full_dtype,
+                    dtype=dtype,
                     order_dtype=settings.order_dtype,
                 ),
                 coverage=assemble.coverage(table.coverage, plain_add),
@@ -273,18 +289,25 @@ class _Run:
     def _ladder(
         self, cut: StagedModel, specs: Sequence[Spec], sites: Sequence[str]
     ) -> Ladder | None:
-        if not specs or not any(batch.held_out for batch in self.batches):
-            if self.kind != "random":
-                self.notes.append(
-                    "behaviour not measured: fewer than two sequences, so none can be "
-                    "held out"
-                )
+        if self.kind == "random":
+            return None
+        if reason := self._no_ladder(specs, sites):
+            self.notes.append(f"behaviour not measured: {reason}")
             return None
         ranked = [s for s in specs if s.form == "affine" and s.rank is not None]
         single = max(ranked, key=lambda s: s.rank or 0, default=specs[0])
         if cut.blocks is None:
             single = None
         return Ladder(cut, sites, specs, self.settings.midpoint, single)
+
+    def _no_ladder(self, specs: Sequence[Spec], sites: Sequence[str]) -> str:
+        if not sites:
+            return "no site lies before the output"
+        if not specs:
+            return "no forms of steering were asked for (`forms=()`)"
+        if not any(batch.held_out for batch in self.batches):
+            return "fewer than two sequences, so none can be held out"
+        return ""
 
     def _radii(
         self, cut: StagedModel, table: Table, calculus: _Calculus
@@ -326,6 +349,7 @@ class _Run:
                     ladder.enter(trace.batch, trace.values[0.0][stage.output])
                 elif stage.name == "head":
                     ladder.finish(stage, tensors, trace)
+                    continue
                 kept.append(trace)
             if ladder is None or stage.name == "head":
                 continue
@@ -385,46 +409,30 @@ def _settings(
     seed: int,
 ) -> _Settings:
     """Check the arguments; raises `ArgumentError` or `SiteError`."""
-    if isinstance(sites, str) or isinstance(forms, str):
-        raise ArgumentError("Expected tuples of names in `sites` and `forms`, got str.")
-    for value, known, name in (
-        (at, _AT, "at"),
-        (target, TARGETS, "target"),
-        *((form, FORMS, "forms") for form in forms),
-    ):
-        if value not in known:
-            raise ArgumentError(
-                f"Expected `{name}` in {', '.join(known)}, got {value!r}."
-            )
-    if not isinstance(rank, int) or rank < 1:
-        raise ArgumentError(f"Expected `rank` to be an integer >= 1, got {rank!r}.")
-    if max_remainder is not None and not max_remainder >= 0:
-        raise ArgumentError(f"Expected `max_remainder` >= 0, got {max_remainder!r}.")
-    if dtype not in (None, torch.float32, torch.float64):
-        raise ArgumentError(
-            f"Expected `dtype` None, torch.float32 or torch.float64, got {dtype}: "
-            "coarser ones have no scale between rounding and the radius."
-        )
-    if sites is not None and not sites:
+    chosen = None if sites is None else as_names("sites", sites, SITES)
+    if chosen == ():
         raise SiteError("Expected at least one site, got none.")
+    if max_remainder is not None:
+        expected = "a number >= 0, or None to ask for the order alone"
+        max_remainder = as_number(
+            "max_remainder", max_remainder, expected, lambda value: value >= 0
+        )
+    named = as_names("forms", forms, FORMS)
     return _Settings(
-        None if sites is None else tuple(sites),
-        tuple(forms),
-        rank,
-        target,
-        at,
+        chosen,
+        tuple(as_choice("forms", form, FORMS) for form in named),
+        as_integer("rank", rank, 1),
+        as_choice("target", target, TARGETS),
+        as_choice("at", at, _AT),
         max_remainder,
-        dtype,
-        seed,
+        None if dtype is None else as_dtype(dtype),
+        as_seed(seed),
     )
 
 
-def _check_layers(layers: Sequence[int] | None, count: int) -> None:
-    wrong = [layer for layer in layers or () if layer not in range(count)]
-    if wrong or (layers is not None and not len(layers)):
-        raise SiteError(
-            f"Expected `layers` within 0…{count - 1}, got {list(layers or ())}."
-        )
+def _check_layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...] | None:
+    """The layers as integers; raises `ArgumentError` or `SiteError`."""
+    return as_layers(layers, count)
 
 
 def _inputs(

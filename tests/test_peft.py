@@ -12,6 +12,7 @@ from torch import nn
 import equiv
 from equiv.testing.models import transformer
 from equiv.update.low_rank import LowRank
+from equiv.update.sources import resolve
 
 peft = pytest.importorskip("peft")
 IDS = torch.randint(3, 32, (6, 8), generator=torch.Generator().manual_seed(0))
@@ -86,8 +87,6 @@ def test_trained_biases_need_a_base_loaded_afresh() -> None:
         equiv.check(base, model, IDS)
     with pytest.raises(equiv.UpdateError, match="loaded afresh"):
         equiv.Update.from_peft(model)
-    from equiv.update.sources import resolve
-
     found = witness.dense(resolve(base_model(family="qwen2"), model))
     compare(found, merged_difference(base_model(family="qwen2"), model))
     assert "model.layers.0.self_attn.q_proj.bias" in found
@@ -208,6 +207,86 @@ def test_from_a_directory(tmp_path: Path) -> None:
         torch.testing.assert_close(witness.dense(stored)[name], delta)
     report = equiv.check(base_model(), str(tmp_path), IDS, forms=())
     assert report.derivative_holds
+
+
+EMBEDDINGS = {"target_modules": ["embed_tokens", "q_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_lora_on_embeddings_stays_in_factors(tmp_path: Path) -> None:
+    model = adapted(base_model(torch.float64), **EMBEDDINGS)
+    model.save_pretrained(tmp_path)
+    expected = merged_difference(base_model(torch.float64), model)
+    with pytest.raises(equiv.UpdateError, match=r"embed_tokens.base_layer"):
+        equiv.Update.from_peft(str(tmp_path))  # whose weights are these?
+    other = transformer("llama", seed=5)
+    with pytest.raises(equiv.UpdateError, match=r"embed_tokens.base_layer"):
+        equiv.check(other, str(tmp_path), IDS)
+    for source in (model, str(tmp_path)):
+        base = base_model(torch.float64)
+        update = resolve(base, source)
+        assert len(update.deltas) == 3
+        assert all(isinstance(delta, LowRank) for delta in update.deltas.values())
+        report = equiv.check(base, update, IDS, dtype=torch.float64, forms=())
+        found = witness.dense(update)
+        for name, delta in found.items():
+            torch.testing.assert_close(delta, expected[name], rtol=1e-6, atol=1e-8)
+        assert report.derivative_holds
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_directory_does_not_say_which_layers_are_transposed(tmp_path: Path) -> None:
+    """GPT-2's square c_proj is a Conv1D, its lm_head is not: one flag for both."""
+    made = transformer("gpt2", seed=1, tie_word_embeddings=False)
+    model = adapted(made, target_modules=["attn.c_proj", "lm_head"])
+    model.save_pretrained(tmp_path)
+    base = transformer("gpt2", seed=1, tie_word_embeddings=False)
+    live, stored = resolve(base, model), resolve(base, str(tmp_path))
+    assert live.deltas.keys() == stored.deltas.keys()
+    for name, delta in witness.dense(live).items():
+        torch.testing.assert_close(witness.dense(stored)[name], delta)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_a_tied_weight_is_refused(
+    kind: str, module: str, tmp_path: Path
+) -> None:
+    """PEFT adds to one of two modules; an update of the weight would move both."""
+    base = transformer("llama", seed=1, tie_word_embeddings=True)
+    model = adapted(base, target_modules=[module], use_dora=kind == "dora")
+    with pytest.raises(equiv.UpdateError, match=f"`{module}`|`model.{module}`"):
+        equiv.check(base, model, IDS)
+    if kind == "lora":
+        model.save_pretrained(tmp_path)
+        fresh = transformer("llama", seed=1, tie_word_embeddings=True)
+        with pytest.raises(equiv.UpdateError, match="tied to another module"):
+            equiv.check(fresh, str(tmp_path), IDS)
+
+
+def test_what_is_stored_beside_the_factors_is_not_ignored(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapted(base_model()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    extra = "base_model.model.model.embed_tokens.weight"
+    save_file({**weights, extra: torch.ones(32, 16)}, path)
+    with pytest.raises(equiv.UpdateError, match=r"embed_tokens.*only PEFT can merge"):
+        equiv.check(base_model(), str(tmp_path), IDS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_other_kinds_are_merged_in_float64(kind: str) -> None:
+    """In bfloat16 most of a small difference would be rounded away."""
+    base = base_model(torch.bfloat16)
+    model = adapted(base, **KINDS[kind])
+    found = witness.dense(equiv.Update.from_peft(model))
+    expected = merged_difference(base_model(torch.bfloat16), model)
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, expected[name], rtol=1e-9, atol=1e-12)
 
 
 def test_a_damaged_directory_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The user's model comes back bit for bit, also when the call raises."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import witness
 from torch import nn
 
 import equiv
@@ -82,11 +84,12 @@ class _Broken(nn.Module):
 
     def __init__(self, inner: nn.Module, calls: int) -> None:
         super().__init__()
-        self.inner, self.left = inner, calls
+        # In a list: what a module notes down about itself is put back.
+        self.inner, self.left = inner, [calls]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.left -= 1
-        if self.left < 0:
+        self.left[0] -= 1
+        if self.left[0] < 0:
             raise RuntimeError("broken on purpose")
         return self.inner(x)
 
@@ -99,8 +102,57 @@ def test_nothing_changes_when_the_call_raises(model: Any, calls: int) -> None:
     update = equiv.Update.random(model, 0.01, seed=2)
     with pytest.raises(Exception, match="broken on purpose"):
         equiv.check(model, update, IDS)
-    assert broken.left < 0
+    assert broken.left[0] < 0
     assert same(before, state(model))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_tables_that_stretch_are_put_back(kind: str) -> None:
+    """They note down the longest sequence seen: it would change the next forward."""
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        rope |= {"original_max_position_embeddings": 16}
+    model = transformer("llama", max_position_embeddings=16, rope_parameters=rope)
+    ids = torch.randint(3, 32, (3, 24), generator=torch.Generator().manual_seed(0))
+    fresh = copy.deepcopy(model)
+    before = state(model)
+    update = equiv.Update.random(model, 0.02, seed=0)
+    report = equiv.check(model, update, ids, dtype=torch.float64)
+    assert report.derivative_holds, report.reason
+    assert same(before, state(model))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, copy.deepcopy(fresh)(ids).logits)
+    call = {"input_ids": ids}
+    expected = witness.activations(fresh, witness.parameters(fresh), call)
+    for row in report.rows:
+        if row.site == "block_out":
+            size = float(expected[row.layer, "block_out"].norm())
+            assert row.norm_base == pytest.approx(size, rel=1e-6)
+
+
+def test_autocast_around_a_check_changes_nothing(model: Any) -> None:
+    update = equiv.Update.random(model, 0.05, seed=2)
+    plain = equiv.check(model, update, IDS, forms=())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert equiv.check(model, update, IDS, forms=()) == plain
+
+
+def test_buffers_that_a_forward_writes_into_are_put_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch._C._functorch.peek_interpreter_stack():
+                self.calls += 1
+            return self.linear(x)
+
+    model = Counting()
+    equiv.check(model, equiv.Update.random(model, 0.1, seed=0))
+    assert float(model.calls) == 0
 
 
 def test_an_abandoned_iteration_leaves_nothing_behind(model: Any) -> None:

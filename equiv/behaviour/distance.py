@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equiv.shift.measures import has_tokens
+
 # Rows of logits turned into float64 at a time: bounds memory at large vocabularies.
 ROWS = 256
 
@@ -41,9 +43,12 @@ class Distances:
     def add(
         self, tuned: Tensor, output: Tensor, mask: Tensor, labels: Tensor | None
     ) -> None:
-        """Add one batch of outputs [batch, seq, vocab or d] or [batch, d]."""
-        if tuned.shape[: mask.ndim] != mask.shape:  # pooled: one row per sequence
-            mask = torch.ones(tuned.shape[:-1], dtype=torch.bool, device=tuned.device)
+        """Add one batch of outputs [batch, seq, vocab or d], or [batch, *features]."""
+        if mask.ndim == 1:  # rows of a plain module, whatever axes they have
+            tuned, output = tuned.flatten(1), output.flatten(1)
+        elif not has_tokens(tuned, mask):  # pooled: one row per sequence
+            mask = torch.ones(tuned.shape[:1], dtype=torch.bool, device=tuned.device)
+            tuned, output = tuned.flatten(1), output.flatten(1)
         owner = torch.arange(len(mask), device=mask.device) + self.sequences
         owner = owner.reshape(-1, *[1] * (mask.ndim - 1)).expand_as(mask)[mask]
         self.sequences += len(mask)
@@ -51,7 +56,7 @@ class Distances:
         for rows in torch.split(torch.nonzero(mask), ROWS):
             index = tuple(rows.T)
             self._add_rows(tuned[index].double(), output[index].double())
-        if labels is not None and self.has_logits:
+        if labels is not None and self.has_logits and _are_classes(labels, output):
             labels = labels.to(output.device)
             self.loss += _summed_loss(output, labels)
             self.loss_tuned += _summed_loss(tuned, labels)
@@ -111,13 +116,21 @@ def kl_divergence(tuned: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     return kl, tuned.argmax(-1) == output.argmax(-1)
 
 
+def _are_classes(labels: Tensor, output: Tensor) -> bool:
+    """Whether the labels name one class per row of logits."""
+    return not labels.is_floating_point() and labels.shape == output.shape[:-1]
+
+
 def _summed_loss(output: Tensor, labels: Tensor) -> float:
     """Cross-entropy summed over the labels; -100 is no label."""
-    flat = output.reshape(-1, output.shape[-1]).double()
-    return float(
-        torch.nn.functional.cross_entropy(
-            flat, labels.reshape(-1), ignore_index=-100, reduction="sum"
+    rows = output.reshape(-1, output.shape[-1]).split(ROWS)
+    return sum(
+        float(
+            torch.nn.functional.cross_entropy(
+                part.double(), wanted, ignore_index=-100, reduction="sum"
+            )
         )
+        for part, wanted in zip(rows, labels.reshape(-1).split(ROWS), strict=True)
     )
 
 
@@ -131,7 +144,8 @@ def interval(
 ) -> tuple[float | None, float | None]:
     """95 % bootstrap interval of `recovered` over sequences, drawn in pairs.
 
-    `None` with fewer than two sequences.
+    `None` with fewer than two sequences, or when one sequence carries everything, so
+    that resamples without it have nothing to recover.
     """
     from scipy.stats import bootstrap
 
@@ -153,4 +167,6 @@ def interval(
             rng=np.random.default_rng(seed),
         )
     low, high = result.confidence_interval
+    if not np.isfinite([low, high]).all():
+        return None, None
     return float(low), float(high)

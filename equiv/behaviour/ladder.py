@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from equiv.behaviour.distance import Distances
+from equiv.model.sites import LOGITS
 from equiv.model.stages import Stage, StagedModel, Steer
 from equiv.shift.propagate import Trace
 from equiv.steering.chain import Chain, Spec, Stream, aim
@@ -160,13 +161,13 @@ class Ladder:
         site = self.cut.output_site
         tuned, base = trace.values[1.0][site], trace.values[0.0][site]
         if self.unsteered is None:
-            self.unsteered = self._distances()
+            self.unsteered = self._distances(tuned)
         self._add(self.unsteered, tuned, base, batch)
         for label, stream in self._streams():
             output = stream.hidden[batch]
             if stage.name == "head":
                 output, _ = self.cut.run(stage, tensors, output, batch)
-            found = self.distances.setdefault(label, self._distances())
+            found = self.distances.setdefault(label, self._distances(tuned))
             self._add(found, tuned, output, batch)
 
     def _streams(self) -> list[tuple[Label, Stream]]:
@@ -186,8 +187,10 @@ class Ladder:
             found.append((label, one.stream))
         return found
 
-    def _distances(self) -> Distances:
-        return Distances(has_logits=self.cut.output_site == "logits")
+    def _distances(self, output: Tensor) -> Distances:
+        # One logit alone is no distribution: a regression's output.
+        classes = self.cut.output_site == LOGITS and output.shape[-1] > 1
+        return Distances(has_logits=classes)
 
     def _add(self, found: Distances, tuned: Tensor, out: Tensor, batch: int) -> None:
         entry = self.cut.batches[batch]

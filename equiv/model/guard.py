@@ -1,7 +1,7 @@
 """Leave the user's model exactly as it was: mode, hooks, forwards, RNG, adapters."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ _NOT_DIFFERENTIABLE = ("flash", "flex", "paged", "sage", "kernels")
 def measured(model: nn.Module) -> Iterator[None]:
     """Make `model` ready to be measured, and put everything back afterwards.
 
-    Dropout is off, gradients are off, adapters injected by PEFT are disabled, and the
-    random state of torch is restored, also after an exception.
+    Dropout is off, gradients are off, autocast is off, adapters injected by PEFT are
+    disabled; what the model keeps about itself and the random state of torch are
+    restored, also after an exception.
     """
     check_model(model)
     training = [(module, module.training) for module in model.modules()]
@@ -34,7 +35,11 @@ def measured(model: nn.Module) -> Iterator[None]:
             vars(module)["_disable_adapters"] = True
         for config, _ in attention:
             config._attn_implementation_internal = "sdpa"
-        with torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(kept(model, buffers=True))
+            for device in {"cpu", *(p.device.type for p in model.parameters())}:
+                stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         for module, mode in training:
@@ -50,17 +55,60 @@ def measured(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda_states)
 
 
+@contextmanager
+def kept(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
+    """Put back what modules note down about themselves during a forward.
+
+    Rotary embeddings that stretch with the sequence, for instance, keep the longest
+    length seen, and the next forward would be another function.
+
+    Args:
+        model: The model.
+        buffers: Whether buffers that were changed in place are put back too.
+    """
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    held = [b for _, _, own in before for b in own.values() if b is not None]
+    copies = [(b, b._version, b.clone()) for b in held] if buffers else []
+    try:
+        yield
+    finally:
+        for module, attributes, own in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(own)
+        for buffer, version, copy in copies:
+            if buffer._version != version:
+                buffer.copy_(copy)
+
+
+_WRAPPERS = {
+    "PeftModel": "model.get_base_model()",
+    "OptimizedModule": "model._orig_mod",
+    "DataParallel": "model.module",
+    "DistributedDataParallel": "model.module",
+    "FullyShardedDataParallel": "the model before it was wrapped",
+}
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse what cannot be measured, by name.
 
     Raises:
-        UnsupportedModelError: If `model` is not a module, is on the meta device, is
-            quantised, or holds a merged adapter.
+        UnsupportedModelError: If `model` is not a module, is a wrapper around one, is
+            on the meta device, is quantised, has weights that are not finite, or holds
+            a merged adapter.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"Expected a `torch.nn.Module`, got {type(model).__name__}."
         )
+    for kind in type(model).__mro__:
+        if kind.__name__ in _WRAPPERS:
+            raise UnsupportedModelError(
+                f"Expected the base model itself, got a {kind.__name__} around it: "
+                f"pass `{_WRAPPERS[kind.__name__]}`."
+            )
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise UnsupportedModelError(
@@ -68,6 +116,12 @@ def check_model(model: nn.Module) -> None:
                 "the weights before measuring."
             )
     _check_not_quantised(model)
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UnsupportedModelError(
+                f"`{name}` of the model has NaN or infinite entries: nothing can be "
+                "measured on it. Did the training of this model diverge?"
+            )
     for module, _ in _adapter_layers(model):
         if getattr(module, "merged", False):
             raise UnsupportedModelError(

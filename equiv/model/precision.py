@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from equiv.model.attention import attention
 
+_FUSED = torch.nn.functional.scaled_dot_product_attention
 _CASTS = (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type)
 
 
@@ -53,14 +54,38 @@ class DifferentiableAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        if func is _FUSED:
             func = attention
+        if func is torch.nn.functional.multi_head_attention_forward:
+            with _attention_inside():
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _attention_inside() -> Iterator[None]:
+    """For functions of PyTorch that attend where no mode is on."""
+    torch.nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = _FUSED
+
+
+@contextmanager
+def _no_fused_encoder() -> Iterator[None]:
+    """PyTorch's fused encoder layers, which have no derivative, switched off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
 def arithmetic(dtype: torch.dtype) -> Iterator[None]:
     """Attention that forward-mode AD can differentiate, and float64 that stays so."""
     keep = KeepFloat64() if dtype == torch.float64 else nullcontext()
-    with keep, DifferentiableAttention():
+    with keep, DifferentiableAttention(), _no_fused_encoder():
         yield

@@ -25,6 +25,7 @@ from equiv.errors import EquivError, InputsError, SiteError, UnsupportedModelErr
 from equiv.model.batches import POSITIONAL, Batch
 from equiv.model.factors import Factors, forward_with_factors
 from equiv.model.families import Blocks, find_blocks
+from equiv.model.guard import kept
 from equiv.model.precision import arithmetic
 from equiv.model.sites import (
     EMBED,
@@ -119,7 +120,25 @@ class StagedModel:
 
     def tensors(self, stage: Stage) -> dict[str, Tensor]:
         """The stage's parameters and buffers in the compute dtype, by full name."""
-        return {name: self._cast(self.tensors_of_model[name]) for name in stage.names}
+        made = {name: self._cast(self.tensors_of_model[name]) for name in stage.names}
+        # A forward may write into buffers: never into the caller's.
+        return {n: t if n in self.parameters else t.clone() for n, t in made.items()}
+
+    def notebooks(
+        self, stage: Stage, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Buffers that the code around the blocks may write into during a run.
+
+        Some rotary embeddings do. `jvp` allows that for its own arguments only, so they
+        have to be among these, with a tangent of zero.
+        """
+        return {
+            name: value
+            for name, value in tensors.items()
+            if stage.name in ("embed", "head")
+            and name not in self.parameters
+            and value.is_floating_point()
+        }
 
     def run(
         self,
@@ -205,7 +224,8 @@ class StagedModel:
             for name, value in self.batches[batch].arguments.items()
         }
         args = (arguments.pop(POSITIONAL),) if POSITIONAL in arguments else ()
-        return functional_call(self.model, dict(tensors), args, arguments)
+        with kept(self.model):
+            return functional_call(self.model, dict(tensors), args, arguments)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
@@ -281,7 +301,9 @@ class StagedModel:
             )
         names = tuple(self.tensors_of_model)
         chosen = distinct if sites is None else tuple(sites)
-        self.stages = [Stage("module", 0, names, chosen, OUTPUT)]
+        # A submodule may be called "output" too.
+        self.output_site = OUTPUT if OUTPUT not in self._modules else f"model {OUTPUT}"
+        self.stages = [Stage("module", 0, names, chosen, self.output_site)]
 
     def _module_outputs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Submodules that are called once and return an activation; the distinct ones.

@@ -12,6 +12,7 @@ from equiv.report.values import (
     Behaviour,
     Coverage,
     FitRow,
+    Order,
     Row,
     Subject,
     Superposition,
@@ -27,7 +28,7 @@ FORMAT = 1  # 1: first format
 _PASSING = (Verdict.HOLDS, Verdict.EXACT, Verdict.NOT_APPLICABLE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `equiv.check` measured, per layer and site, and the answer in words.
 
@@ -55,11 +56,11 @@ class Report:
     def derivative_holds(self) -> bool:
         """Whether the remainder is of second order (or zero) at every row.
 
-        A verdict on the derivative and the smoothness of the model here, not on the
-        size of the update. Rows without a shift are left out; at least one other row
-        must have been judged.
+        Of third order with `at="midpoint"`. A verdict on the derivative and the
+        smoothness of the model here, not on the size of the update. Rows without a
+        shift are left out; at least one other row must have been judged.
         """
-        judged = [row.order.verdict for row in self.rows]
+        judged = [self.judged_order(row).verdict for row in self.rows]
         return all(v in _PASSING for v in judged) and any(
             v in (Verdict.HOLDS, Verdict.EXACT) for v in judged
         )
@@ -81,9 +82,16 @@ class Report:
 
     def failing(self) -> tuple[Row, ...]:
         """The rows because of which `holds` is false."""
-        wrong = {id(row) for row in self.rows if row.order.verdict not in _PASSING}
+        orders = ((row, self.judged_order(row).verdict) for row in self.rows)
+        wrong = {id(row) for row, verdict in orders if verdict not in _PASSING}
         wrong |= {id(row) for row in self._too_large()}
         return tuple(row for row in self.rows if id(row) in wrong)
+
+    def judged_order(self, row: Row) -> Order:
+        """The order that `derivative_holds` judges: the base's, or the midpoint's."""
+        if self.subject.at == "midpoint" and row.order_midpoint is not None:
+            return row.order_midpoint
+        return row.order
 
     def judged_remainder(self, row: Row) -> float | None:
         """The relative remainder that `max_remainder` is compared with.
@@ -136,11 +144,28 @@ class Report:
 
         write_html(self, Path(path))
 
-    def plot(self) -> "Figure":
-        """The ladder: what each way of steering recovers, one line per site."""
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """The ladder: what each way of steering recovers, one line per site.
+
+        Args:
+            path: Where to save the picture, if anywhere (.png, .svg, .pdf …).
+        """
         from equiv.report.plot import ladder
 
-        return ladder(self)
+        made = ladder(self)
+        if path is not None:
+            made.savefig(path)
+        return made
+
+    def _repr_html_(self) -> str:
+        """The page, for notebooks."""
+        from equiv.report.html import to_html
+
+        return to_html(self)
+
+    def __repr__(self) -> str:
+        """The answer in short; `print` shows the whole report."""
+        return f"<Report: {self.headline}>"
 
     def __str__(self) -> str:
         from equiv.report.text import to_text
@@ -153,5 +178,5 @@ class Report:
             return
         for row in self.rows:
             remainder = self.judged_remainder(row)
-            if remainder is not None and remainder > limit:
+            if remainder is not None and not remainder <= limit:  # also for NaN
                 yield row

@@ -22,7 +22,7 @@ from equiv.model.stages import Sites, Stage, StagedModel
 from equiv.shift.measures import Square, counted
 from equiv.shift.propagate import Point, Trace, propagate
 from equiv.shift.results import Order, Scope, TaylorPoint
-from equiv.shift.taylor import NOISE_SCALE, SCALES, order_of
+from equiv.shift.taylor import ABOVE_NOISE, NOISE_SCALE, SCALES, order_of
 from equiv.update.update import Update
 
 # Truncation e²/6 · f⁗/f″ and rounding eps/e² are both far below a radius's 5 %.
@@ -68,6 +68,20 @@ class Curve:
         return order_of(
             self.points(), self.floor(dtype), self.first.norm, midpoint=midpoint
         )
+
+    def needs_float64(self, tolerance: float) -> bool:
+        """Whether float32's rounding would hide what this row's radius is about.
+
+        Rounding noise is proportional to the machine precision, so float32's is 2²⁹
+        times the one measured here in float64. At the radius t it has to lie well
+        below τ t ‖f′‖, unless there is no shift to be seen even in float64.
+        """
+        noise = self.floor(torch.float64)
+        if self.first.norm <= ABOVE_NOISE * noise:
+            return False
+        reach = min(1.0, self.predicted_radius(tolerance) or 1.0)
+        ratio = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
+        return ABOVE_NOISE * ratio * noise > tolerance * reach * self.first.norm
 
     def predicted_radius(self, tolerance: float) -> float | None:
         """T = 2τ‖f′‖/‖f″‖; `None` when there is no second-order term."""

@@ -9,12 +9,23 @@ from torch import Tensor
 def counted(activation: Tensor, mask: Tensor) -> Tensor:
     """The activation at the tokens that count, [tokens, features].
 
-    A mask that does not match the leading axes (a pooled output, say) counts
-    everything.
+    An activation without an axis of tokens (a pooled output, say) counts whole.
     """
-    if activation.shape[: mask.ndim] == mask.shape and not bool(mask.all()):
+    if has_tokens(activation, mask) and not bool(mask.all()):
         activation = activation[mask]
-    return activation.reshape(-1, activation.shape[-1])
+    return activation.reshape(-1, activation.shape[-1] if activation.ndim else 1)
+
+
+def has_tokens(activation: Tensor, mask: Tensor) -> bool:
+    """Whether the leading axes are the mask's, with features after them.
+
+    Example:
+        >>> mask = torch.ones(2, 5, dtype=torch.bool)
+        >>> has_tokens(torch.ones(2, 5, 3), mask), has_tokens(torch.ones(2, 5), mask)
+        (True, False)
+    """
+    leading = activation.shape[: mask.ndim] == mask.shape
+    return leading and activation.ndim > mask.ndim
 
 
 def squares(rows: Tensor) -> float:

@@ -208,6 +208,7 @@ class _Pass:
         # Few points: keep W + sΔW between batches. Many: form it anew, to save memory.
         self.keep = len(points) <= 3
         self.shifted: dict[float, dict[str, Tensor]] = {}
+        self.noted = cut.notebooks(stage, tensors)
 
     def trace(self, batch: int, stream: _Stream) -> Trace:
         if not self.delta and not stream.moved:
@@ -381,16 +382,24 @@ class _Pass:
 
         device = next(iter(self.tensors.values())).device
         t = torch.tensor(s, dtype=self.cut.dtype, device=device)
-        primals = (t, self._at(s), {"h": h} if moving_h else {})
+        primals = (t, {**self._at(s), **self.noted}, {"h": h} if moving_h else {})
+        still = {name: torch.zeros_like(value) for name, value in self.noted.items()}
         directions = (
             torch.ones_like(t),
-            self.delta.dense,
+            {**self.delta.dense, **still},
             {"h": dh} if moving_h else {},
         )
         try:
             values, tangents = jvp(stage_at, primals, directions)[:2]
         except NotImplementedError as error:
             raise ForwardModeError(_no_derivative(self.stage, str(error))) from error
+        except RuntimeError as error:
+            if "transform" not in str(error):
+                raise
+            raise ForwardModeError(
+                f"{self.stage.name} {self.stage.layer} does something that PyTorch "
+                f"cannot differentiate forward: {error}"
+            ) from error
         (out, sites), (dout, dsites) = values, tangents
         return out, sites, dout, dsites
 

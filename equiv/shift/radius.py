@@ -27,6 +27,8 @@ from equiv.update.update import Update
 TOLERANCE = 0.1
 STEPS_PER_OCTAVE = 4
 LARGEST = 8.0
+# How far below t = 1 a remainder is looked for that is larger there than at t = 1.
+DOUBTED_OCTAVES = 4
 
 # (row, whether the derivative is taken at the midpoint)
 Question = tuple[RowKey, bool]
@@ -42,7 +44,7 @@ class _Bracket:
     def edges(self, tolerance: float) -> tuple[int | None, int | None]:
         inside: int | None = None
         for k in sorted(self.probed):
-            if self.probed[k] > tolerance:
+            if not self.probed[k] <= tolerance:  # also for NaN
                 return inside, k
             inside = k
         return inside, None
@@ -51,6 +53,9 @@ class _Bracket:
         """The grid index to probe next; `None` when done."""
         inside, outside = self.edges(tolerance)
         if outside is None:
+            for k in self._doubted():
+                if k not in self.probed:
+                    return k
             top = max(self.probed) + STEPS_PER_OCTAVE
             return top if _t(top) <= LARGEST else None
         if inside is None:
@@ -58,6 +63,15 @@ class _Bracket:
         if outside - inside <= 1:
             return None
         return _roundest(inside, outside)
+
+    def _doubted(self) -> range:
+        """Octaves below t = 1 that the prediction puts outside, all within as it is."""
+        if not self.predicted or self.predicted >= 1:
+            return range(0)
+        lowest = max(math.floor(math.log2(self.predicted)), -DOUBTED_OCTAVES)
+        return range(
+            -STEPS_PER_OCTAVE, lowest * STEPS_PER_OCTAVE - 1, -STEPS_PER_OCTAVE
+        )
 
     def _below(self, outside: int) -> int | None:
         """A power of two that should be within, by the prediction or by going down."""
@@ -72,11 +86,12 @@ class _Bracket:
         """Where the remainder crosses the tolerance, as a power of t in between."""
         inside, outside = self.edges(tolerance)
         value = 0.0 if inside is None else _t(inside)
-        if inside is not None and outside is not None and self.probed[inside] > 0:
-            # log r is linear in log t between the two edges.
-            rise = math.log(self.probed[outside] / self.probed[inside])
-            share = math.log(tolerance / self.probed[inside]) / rise
-            value = _t(inside + share * (outside - inside))
+        if inside is not None and outside is not None:
+            low, high = self.probed[inside], self.probed[outside]
+            if low > 0 and math.isfinite(high):
+                # log r is linear in log t between the two edges.
+                share = math.log(tolerance / low) / math.log(high / low)
+                value = _t(inside + share * (outside - inside))
         return Radius(value, outside is None, self.predicted, tolerance)
 
 
@@ -147,12 +162,16 @@ def _start(
         base, middle = row.first.relative_remainder, row.midpoint.relative_remainder
         curve = curves[key]
         if base is not None:
-            predicted = curve.predicted_radius(tolerance)
+            predicted = _finite(curve.predicted_radius(tolerance))
             brackets[key, False] = _Bracket({0: base}, predicted)
         if midpoint and middle is not None:
-            predicted = curve.predicted_radius_midpoint(tolerance)
+            predicted = _finite(curve.predicted_radius_midpoint(tolerance))
             brackets[key, True] = _Bracket({0: middle}, predicted)
     return brackets
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _measure(
@@ -183,7 +202,14 @@ def _measure(
                     sums.setdefault((key, mid), Comparison()).add(
                         counted(f[t][site], mask) - base, t * slope
                     )
-    return {q: c.relative_remainder or 0.0 for q, c in sums.items()}
+    return {q: _relative(c) for q, c in sums.items()}
+
+
+def _relative(found: Comparison) -> float:
+    """The relative remainder; infinite where a shift was claimed and none came."""
+    if found.relative_remainder is not None:
+        return found.relative_remainder
+    return math.inf if found.claimed else 0.0
 
 
 def _points(wanted: Sequence[tuple[int, bool]]) -> tuple[Point, ...]:

@@ -81,12 +81,14 @@ def _moved(
     stream: _Carried,
 ) -> Iterator[Tensor]:
     """Every shift carried through a stage by itself, and the stage's own."""
+    noted = cut.notebooks(stage, tensors)
+    still = {name: torch.zeros_like(value) for name, value in noted.items()}
 
-    def run(x: Tensor) -> Tensor:
-        return cut.run(stage, tensors, x, trace.batch)[0]
+    def run(x: Tensor, own: dict[str, Tensor]) -> Tensor:
+        return cut.run(stage, {**tensors, **own}, x, trace.batch)[0]
 
     for delta in stream.deltas:
-        yield jvp(run, (stream.hidden,), (delta,))[1]
+        yield jvp(run, (stream.hidden, noted), (delta, still))[1]
     if trace.touched:
         yield trace.local_tangents[0.0][stage.output]
 

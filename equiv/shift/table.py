@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from equiv.errors import UpdateError
 from equiv.model.stages import Sites
 from equiv.shift.calculus import RowKey, Selection, scopes
 from equiv.shift.measures import Comparison, Square, counted, ratio
@@ -82,6 +83,12 @@ def _add_row(
 ) -> None:
     base = counted(values[0.0][site], mask)
     exact = counted(values[1.0][site], mask) - base
+    if not bool(torch.isfinite(exact).all()):
+        raise UpdateError(
+            f"With this update the activation at {site} is not finite: the tuned model "
+            f"overflows {exact.dtype}. Use a smaller update (`update.scaled(t)`), or "
+            "dtype=torch.float64."
+        )
     zero = torch.zeros_like(exact)
     row.tokens += len(base)
     row.base.add(base)

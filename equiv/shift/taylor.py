@@ -67,6 +67,14 @@ def order_of(
         >>> order_of(wrong, floor=1e-12, shift=1.0).verdict.value
         'fails'
     """
+    bad = [p.scale for p in points if not math.isfinite(p.remainder + p.shift)]
+    if bad or not math.isfinite(shift):
+        where = f"t = {min(bad):.2g}" if bad else "the base"
+        return Order(
+            Verdict.FAILS,
+            f"the activations or their derivative are not finite at {where}: the "
+            "update drives the model out of its range",
+        )
     if shift == 0 and all(point.shift == 0 for point in points):
         return Order(Verdict.NOT_APPLICABLE, "no shift here")
     visible = ABOVE_NOISE * floor

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
         deltas = _lora_factors(base)
         if deltas:
             return Update.from_dict(deltas, source="LoRA")
-    kind = next(iter(adapted.peft_config.values())).peft_type  # pyright: ignore
+    kind = next(iter(adapted.peft_config.values())).peft_type.value  # pyright: ignore
+    _check_untied(base)
     try:
-        merged = copy.deepcopy(adapted).merge_and_unload()  # pyright: ignore
+        # In float64: half precision would round away most of a small update.
+        merged = copy.deepcopy(adapted).double().merge_and_unload()  # pyright: ignore
     except AttributeError:
         raise UpdateError(
             f"A {kind} adapter cannot be merged into its base: it is no weight update. "
@@ -57,6 +60,25 @@ def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
     before = {_clean(n): p for n, p in source.named_parameters() if _is_own(n)}
     after = dict(merged.named_parameters())
     return Update.from_state_dicts(before, after, source=f"{kind} adapter")
+
+
+def _check_untied(base: nn.Module) -> None:
+    """Refuse an adapter on one of the modules that share a weight."""
+    uses = Counter(id(p) for _, p in base.named_parameters(remove_duplicate=False))
+    for name, module in base.named_modules():
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        if uses[id(weight)] > 1:
+            raise tied_error(_clean(name))
+
+
+def tied_error(module: str) -> UpdateError:
+    """The refusal of an adapter on a module that shares its weight."""
+    return UpdateError(
+        f"The adapter on `{module}` adds to that module alone, but its weight is tied "
+        "to another module's: no update of the weight does what the adapter does. "
+        "Untie the two (give the module a copy of its weight), or leave this module "
+        "out of the adapter."
+    )
 
 
 def base_of(adapted: nn.Module) -> nn.Module:
@@ -72,8 +94,13 @@ def is_peft(model: object) -> bool:
     )
 
 
-def from_directory(path: str | Path) -> Update:
+def from_directory(path: str | Path, model: nn.Module | None = None) -> Update:
     """The update of a plain LoRA adapter on disk, without its base.
+
+    Args:
+        path: The adapter's folder.
+        model: The base, which tells whether weights stored beside the factors are its
+            own (PEFT stores embeddings whole).
 
     Raises:
         FileFormatError: If the directory holds no adapter in safetensors.
@@ -88,17 +115,50 @@ def from_directory(path: str | Path) -> Update:
             "pass that."
         )
     weights = read_safetensors(folder / "adapter_model.safetensors")
+    own = {} if model is None else dict(model.named_parameters(remove_duplicate=False))
     deltas: dict[str, Delta] = {}
-    for name, down in weights.items():
-        if not name.endswith(".lora_A.weight"):
+    while weights:
+        name = next(iter(weights))
+        found = _FACTOR.fullmatch(name)
+        if found is None and _is_copy(name, weights[name], own):
+            del weights[name]
             continue
-        module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-        up = weights[name.replace(".lora_A.", ".lora_B.")]
+        if found is None:
+            raise UpdateError(
+                f"{folder} holds `{name}` beside the factors of LoRA, which only PEFT "
+                "can merge. Load it with `PeftModel.from_pretrained(model, ...)` and "
+                "pass that."
+            )
+        module, kind, ending = found["module"], found["kind"], found["ending"]
+        down, up = (
+            weights.pop(f"base_model.model.{module}.lora_{kind}{side}{ending}")
+            for side in "AB"
+        )
         scaling = _scaling(config, module)
-        deltas[f"{module}.weight"] = _factors(
-            down, up, scaling, bool(config.get("fan_in_fan_out"))
+        deltas[f"{module}.weight"] = (
+            _factors(down, up, scaling, transposed=True)
+            if kind
+            else _factors(down, up, scaling, as_linear=True)
         )
     return Update.from_dict(deltas, source=f"LoRA adapter {folder.name}")
+
+
+def _is_copy(name: str, stored: Tensor, own: Mapping[str, Tensor]) -> bool:
+    """Whether a stored weight is the base's own, to the rounding of either dtype."""
+    weight = own.get(_clean(name.removeprefix("base_model.model.")))
+    if weight is None or weight.shape != stored.shape:
+        return False
+    rounding = max(torch.finfo(t.dtype).eps for t in (weight, stored))
+    return torch.allclose(
+        weight.detach().cpu().double(), stored.double(), rtol=rounding, atol=0
+    )
+
+
+# `lora_A.weight` of a layer; `lora_embedding_A` of an embedding.
+_FACTOR = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_"
+    r"(?P<kind>embedding_|)[AB](?P<ending>\.weight|)"
+)
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
@@ -169,9 +229,18 @@ def _pattern(
     return default
 
 
-def _factors(down: Tensor, up: Tensor, scaling: float, transposed: bool) -> LowRank:
-    left, right = up.double() * scaling, down.double()
-    return LowRank(right.T, left.T) if transposed else LowRank(left, right)
+def _factors(
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    *,
+    transposed: bool = False,
+    as_linear: bool = False,
+) -> LowRank:
+    left, right = up.detach().double() * scaling, down.detach().double()
+    if transposed:
+        return LowRank(right.T, left.T)
+    return LowRank(left, right, as_linear)
 
 
 def _all_plain_lora(adapted: Any) -> bool:
@@ -200,18 +269,22 @@ def _lora_factors(base: nn.Module) -> dict[str, Delta]:
             continue
         module: Any = found  # PEFT's own classes, which may not be installed
         inner = module.base_layer
-        if not isinstance(inner, nn.Linear) and type(inner).__name__ != "Conv1D":
-            return {}  # embeddings, convolutions: leave it to PEFT's own merge
-        transposed = bool(getattr(module, "fan_in_fan_out", False))
-        parts = [
-            _factors(
-                module.lora_A[key].weight.detach(),
-                module.lora_B[key].weight.detach(),
-                float(module.scaling[key]),
-                transposed,
+        if isinstance(inner, nn.Embedding):
+            down, up, transposed = (
+                module.lora_embedding_A,
+                module.lora_embedding_B,
+                True,
             )
-            for key in module.active_adapters
-            if key in module.lora_A
+        elif isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D":
+            down = {key: part.weight for key, part in module.lora_A.items()}
+            up = {key: part.weight for key, part in module.lora_B.items()}
+            transposed = bool(getattr(module, "fan_in_fan_out", False))
+        else:
+            return {}  # convolutions: leave them to PEFT's own merge
+        parts = [
+            _factors(down[k], up[k], float(module.scaling[k]), transposed=transposed)
+            for k in module.active_adapters
+            if k in down
         ]
         if parts:
             left = torch.cat([part.left for part in parts], dim=1)

@@ -1,12 +1,14 @@
 """Does an update fit a model? Names, shapes, devices and ties, checked at the door."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from equiv.errors import UpdateError, UpdateMismatchError
+from equiv.update.adapters import tied_error
 from equiv.update.low_rank import Delta, LowRank
 from equiv.update.update import Update
 
@@ -18,15 +20,23 @@ def fitted(update: Update, model: nn.Module) -> Update:
 
     Raises:
         UpdateMismatchError: Unknown name, buffer, other shape or device.
-        UpdateError: Tied weights with two different differences.
+        UpdateError: Tied weights with two different differences; an adapter on one of
+            the modules that share a weight; whole weights instead of differences.
     """
     own = dict(model.named_parameters())
     aliases = _aliases(model, own)
+    modules = dict(model.named_modules())
+    every = model.named_parameters(remove_duplicate=False)
+    uses = Counter(aliases[name] for name, _ in every)
     deltas: dict[str, Delta] = {}
     for name, delta in update.deltas.items():
         canonical = aliases.get(name)
         if canonical is None:
             raise UpdateMismatchError(_unknown(name, model, aliases))
+        if isinstance(delta, LowRank):
+            if uses[canonical] > 1:  # it adds to one module, the weight to all
+                raise tied_error(name.rpartition(".")[0])
+            delta = delta.oriented(modules.get(name.rpartition(".")[0]))
         _check_shape(name, delta, own[canonical])
         if canonical in deltas and not _same(deltas[canonical], delta):
             raise UpdateError(
@@ -34,7 +44,31 @@ def fitted(update: Update, model: nn.Module) -> Update:
                 "them two different values. Give one of them."
             )
         deltas[canonical] = delta
+    _check_differences(deltas, own)
     return Update(deltas, {}, update.source)
+
+
+# A fine-tune moves weights by a few percent of their norm. What lies this near to the
+# weights themselves is no difference.
+_LOOKS_LIKE_WEIGHTS = 0.3
+
+
+def _check_differences(deltas: dict[str, Delta], own: dict[str, nn.Parameter]) -> None:
+    """Refuse whole weights: their distance to the model's own is a small share."""
+    apart = whole = 0.0
+    for name, delta in deltas.items():
+        if isinstance(delta, LowRank):
+            return
+        weight = own[name].detach().double()
+        apart += float((delta.to(weight) - weight).square().sum())
+        whole += float(weight.square().sum())
+    if whole and apart <= _LOOKS_LIKE_WEIGHTS**2 * whole:
+        raise UpdateError(
+            "The entries of the update look like the weights themselves, not like "
+            f"differences: they are {(apart / whole) ** 0.5:.0%} away from the model's "
+            "own. Pass the tuned model or its folder, or "
+            "`equiv.Update.from_state_dicts(base, tuned)`."
+        )
 
 
 def _aliases(model: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, str]:

@@ -22,6 +22,19 @@ class LowRank:
 
     left: Tensor
     right: Tensor
+    as_linear: bool = False  # [out, in] whatever the module; see `oriented`
+
+    def oriented(self, module: object) -> "LowRank":
+        """In the shape of the module's weight, which is [in, out] for a `Conv1D`.
+
+        Adapter files hold every layer's factors as for a `Linear`, and do not say which
+        layers are of the other kind.
+        """
+        if not self.as_linear:
+            return self
+        if type(module).__name__ == "Conv1D":
+            return LowRank(self.right.T, self.left.T)
+        return LowRank(self.left, self.right)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,7 +47,7 @@ class LowRank:
 
     def scaled(self, t: float) -> "LowRank":
         """T times the difference."""
-        return LowRank(self.left.double() * t, self.right)
+        return LowRank(self.left.double() * t, self.right, self.as_linear)
 
     def norm(self) -> Tensor:
         """Frobenius norm: ‖LR‖² = tr(LᵀL · RRᵀ)."""

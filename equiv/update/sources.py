@@ -71,7 +71,7 @@ def _load(model: nn.Module, name: str) -> Any:
         return Update.from_dict(read_safetensors(path), source=path.name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
-            return from_directory(path)
+            return from_directory(path, model)
         if (path / "config.json").is_file():
             return _load_model(model, name)
         raise FileFormatError(
@@ -82,7 +82,7 @@ def _load(model: nn.Module, name: str) -> Any:
         raise FileFormatError(f"{path} does not exist.")
     if (config := hub_file(name, "adapter_config.json")) is not None:
         hub_file(name, "adapter_model.safetensors")
-        return from_directory(config.parent)
+        return from_directory(config.parent, model)
     return _load_model(model, name)
 
 
