@@ -12,6 +12,7 @@ ROOT = Path(equiv.__file__).parent
 # From the ground up: a room may import from itself and from rooms before it.
 ROOMS = (
     "errors",
+    "arguments",
     "kernels",
     "model",
     "update",

@@ -1,16 +1,17 @@
 """`equiv.shifts`: the shifts themselves, as tensors, per layer and site."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from equiv.arguments import as_dtype, as_layers, as_names, as_site_key, shown
 from equiv.errors import SiteError
 from equiv.model.batches import Batch, from_inputs
 from equiv.model.families import find_blocks
-from equiv.model.guard import measured
+from equiv.model.guard import check_model, measured
 from equiv.model.sites import SITES, SiteKey
 from equiv.model.stages import prepared
 from equiv.shift.propagate import (
@@ -82,16 +83,24 @@ class Shifts:
         Raises:
             SiteError: If the key was not selected or does not exist.
         """
-        layer, site = key
+        layer, site = as_site_key(key)
         if layer not in self._layers or (self._sites and site not in self._sites):
             raise SiteError(
                 f"Expected a layer in {list(self._layers)} and a site in "
                 f"{list(self._sites or ())}, got {key!r}."
             )
         for shift in self._stream(layer):
-            if (shift.layer, shift.site) == key:
+            if (shift.layer, shift.site) == (layer, site):
                 return shift
         raise SiteError(f"The model has no site {site!r} in layer {layer}.")
+
+    def __repr__(self) -> str:
+        sites = ", ".join(self._sites or ("all",))
+        sequences = sum(batch.sequences for batch in self._batches)
+        return (
+            f"Shifts({type(self._model).__name__}, {self._update.source}: "
+            f"layers {shown(list(self._layers))}, sites {sites}, {sequences} sequences)"
+        )
 
     def __iter__(self) -> Iterator[Shift]:
         """Every selected shift, from the first layer to the last."""
@@ -123,8 +132,8 @@ def shifts(
     delta_w: object,
     inputs: object,
     *,
-    sites: Sequence[str] = SITES,
-    layers: Sequence[int] | None = None,
+    sites: Sequence[str] | None = SITES,
+    layers: Iterable[int] | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
 ) -> Shifts:
@@ -134,10 +143,10 @@ def shifts(
         model: A Hugging Face model of a known family, or any module.
         delta_w: The update, in any form that `equiv.check` takes.
         inputs: Texts, a tensor, a mapping or an iterable, as for `equiv.check`.
-        sites: Sites wanted.
+        sites: Sites wanted; `None` for all.
         layers: Layers wanted; `None` for all.
         tokenizer: Tokenizer for texts.
-        dtype: Compute dtype.
+        dtype: Compute dtype, torch.float32 or torch.float64.
 
     Returns:
         A mapping from (layer, site), computed when asked for.
@@ -149,18 +158,24 @@ def shifts(
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Identity())
         >>> x = torch.ones(1, 2)
         >>> s = shifts(model, {"0.weight": torch.eye(2)}, x, sites=("0",))[0, "0"]
-        >>> s.exact  # (W + I) x − W x = x, and the model is linear in W
-        tensor([[1., 1.]])
-        >>> torch.equal(s.first_order, torch.ones(1, 2))
+        >>> torch.allclose(s.exact, x)  # (W + I) x − W x
+        True
+        >>> torch.equal(s.first_order, x)  # the model is linear in W
         True
     """
+    check_model(model)
+    dtype = as_dtype(dtype)
+    chosen = None if sites is None else as_names("sites", sites, SITES)
     update = resolve(model, delta_w)
     blocks = find_blocks(model)
-    chosen = None if blocks is None and tuple(sites) == SITES else tuple(sites)
+    if blocks is None and chosen == SITES:
+        chosen = None
+    elif blocks is not None and chosen is None:
+        chosen = SITES
+    if chosen == ():
+        raise SiteError("Expected at least one site, got none.")
     count = len(blocks.modules) if blocks else 1
-    picked = tuple(range(count)) if layers is None else tuple(layers)
-    if any(layer not in range(count) for layer in picked):
-        raise SiteError(f"Expected `layers` within 0…{count - 1}, got {list(picked)}.")
+    picked = as_layers(layers, count) or tuple(range(count))
     if unknown := [s for s in chosen or () if blocks is not None and s not in SITES]:
         raise SiteError(f"Expected sites in {', '.join(SITES)}, got {unknown}.")
     batches = from_inputs(model, inputs, tokenizer, keep_empty=True)

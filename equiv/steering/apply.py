@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from equiv.arguments import as_site_key
 from equiv.errors import ArgumentError, SiteError
 from equiv.model.families import find_blocks
 from equiv.model.sites import Place, SiteKey, first_tensor, with_first
 from equiv.steering.forms import Steering
+from equiv.update.adapters import base_of, is_peft
 
 
 @contextmanager
@@ -22,8 +24,8 @@ def steer(
     left on the model afterwards, also when an exception is raised inside.
 
     Args:
-        model: A Hugging Face model of a known family, or any module (layer 0, sites by
-            submodule name).
+        model: A Hugging Face model of a known family, also inside a `PeftModel`, or any
+            module (layer 0, sites by submodule name).
         steering: (layer, site) → steering.
 
     Yields:
@@ -31,7 +33,9 @@ def steer(
 
     Raises:
         SiteError: If a layer or site does not exist.
-        ArgumentError: If a value is not callable.
+        ArgumentError: If `steering` is no mapping or a value is not callable; while
+            the model runs, if a steering does not return a tensor shaped as what it
+            read.
 
     Example:
         >>> import torch
@@ -43,19 +47,25 @@ def steer(
         >>> torch.equal(unchanged, model(h))
         True
     """
-    blocks = find_blocks(model)
+    if not isinstance(steering, Mapping):
+        raise ArgumentError(
+            "Expected `steering` to be a mapping of (layer, site) → steering, got "
+            f"{type(steering).__name__}."
+        )
+    inner = base_of(model) if is_peft(model) else model
+    blocks = find_blocks(inner)
     with ExitStack() as stack:
         for key, value in steering.items():
             if not callable(value):
                 raise ArgumentError(
                     f"Expected a steering at {key!r}, got {type(value).__name__}."
                 )
-            layer, site = key
+            layer, site = as_site_key(key)
             if blocks is not None:
                 place = blocks.place(layer, site)
             else:
-                place = module_place(model, layer, site)
-            stack.callback(add_hook(place, value).remove)
+                place = module_place(inner, layer, site)
+            stack.callback(add_hook(place, value, (layer, site)).remove)
         yield model
 
 
@@ -75,13 +85,12 @@ def module_place(model: nn.Module, layer: int, site: str) -> Place:
     return Place(modules[name], "output")
 
 
-def add_hook(place: Place, steering: Steering) -> Any:
+def add_hook(place: Place, steering: Steering, key: SiteKey) -> Any:
     """Register the hook that adds `steering` at a place; returns its handle."""
     if place.side == "output":
 
         def after(_module: nn.Module, _args: Any, output: object) -> object:
-            hidden = first_tensor(output)
-            return with_first(output, hidden + steering(hidden))
+            return with_first(output, _steered(first_tensor(output), steering, key))
 
         return place.module.register_forward_hook(after)
 
@@ -89,8 +98,25 @@ def add_hook(place: Place, steering: Steering) -> Any:
         _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (args[0] + steering(args[0]), *args[1:]), kwargs
-        hidden = kwargs["hidden_states"]
-        return args, {**kwargs, "hidden_states": hidden + steering(hidden)}
+            return (_steered(args[0], steering, key), *args[1:]), kwargs
+        hidden = _steered(kwargs["hidden_states"], steering, key)
+        return args, {**kwargs, "hidden_states": hidden}
 
     return place.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _steered(hidden: Tensor, steering: Steering, key: SiteKey) -> Tensor:
+    try:
+        shift = steering(hidden)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"The steering at {key!r} cannot be applied to activations of shape "
+            f"{tuple(hidden.shape)}: {str(error).rstrip('.')}."
+        ) from error
+    if not isinstance(shift, Tensor) or shift.shape != hidden.shape:
+        got = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
+        raise ArgumentError(
+            f"Expected the steering at {key!r} to return a tensor shaped as the "
+            f"activations, {tuple(hidden.shape)}, got {got}."
+        )
+    return hidden + shift

@@ -16,11 +16,14 @@ other set of tokens follows from that set's moments:
     misfit = Σ ‖y − ŷ‖² / Σ ‖y‖²
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from equiv.arguments import as_choice, as_rank, as_ridge, as_tensor
 from equiv.errors import ArgumentError
 from equiv.steering.forms import FORMS, Affine, Steering, Vector
 from equiv.steering.sinks import fitted_tokens
@@ -96,7 +99,10 @@ class Regression:
         c_xy = moments.xy - n * torch.outer(self.mean_x, self.mean_y)
         level = float(c_xx.diagonal().sum()) / d
         eye = torch.eye(d, dtype=c_xx.dtype, device=c_xx.device)
-        self.full = _solve(c_xx + ridge * level * eye, c_xy, level)
+        # C_xx is a difference of sums like Σ xxᵀ, and known to their rounding only.
+        rounding = torch.finfo(c_xx.dtype).eps * max(n, d)
+        tiny = rounding * float(moments.xx.diagonal().sum())
+        self.full = _solve(c_xx + ridge * level * eye, c_xy, tiny)
         fitted = c_xy.T @ self.full
         _, vectors = torch.linalg.eigh((fitted + fitted.T) / 2)
         self.directions = vectors.flip(1)  # leading first
@@ -117,11 +123,9 @@ class Regression:
         return self.vector() if form == "vector" else self.affine(rank)
 
 
-def _solve(matrix: Tensor, right: Tensor, level: float) -> Tensor:
-    """(C + …)⁻¹ C_xy by its eigenvalues: zero variance directions get no weight."""
+def _solve(matrix: Tensor, right: Tensor, tiny: float) -> Tensor:
+    """(C + …)⁻¹ C_xy by its eigenvalues: directions without variance get no weight."""
     values, vectors = torch.linalg.eigh(matrix)
-    # Directions without variance are known to eps · level · d only.
-    tiny = torch.finfo(matrix.dtype).eps * len(values) * max(level, 0.0) * len(values)
     inverse = torch.where(values > tiny, 1 / values, torch.zeros_like(values))
     return vectors @ (inverse[:, None] * (vectors.T @ right))
 
@@ -132,7 +136,7 @@ def fit(
     *,
     form: str = "affine",
     rank: int | None = 8,
-    mask: Tensor | None = None,
+    mask: Tensor | Sequence[Any] | None = None,
     ridge: float = RIDGE,
     first_position: bool | None = None,
 ) -> Steering:
@@ -152,7 +156,8 @@ def fit(
         The fitted steering, in float64.
 
     Raises:
-        ArgumentError: If the shapes differ, the form is unknown, or no token counts.
+        ArgumentError: If the shapes differ, an argument is outside its set, or no token
+            counts.
 
     Example:
         >>> h = torch.randn(50, 4, dtype=torch.float64,
@@ -162,25 +167,43 @@ def fit(
         >>> torch.allclose(steering(h), shift)
         True
     """
-    if form not in FORMS:
-        raise ArgumentError(f"Expected form in {', '.join(FORMS)}, got {form!r}.")
-    if rank is not None and rank < 1:
-        raise ArgumentError(f"Expected rank >= 1 or None, got {rank}.")
+    form, rank, ridge = as_choice("form", form, FORMS), as_rank(rank), as_ridge(ridge)
+    for name, value in (("base", base), ("exact", exact)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = getattr(value, "dtype", type(value).__name__)
+            raise ArgumentError(
+                f"Expected `{name}` to be a floating tensor, got {got}: convert it by "
+                "`torch.as_tensor(..., dtype=torch.float64)`."
+            )
     if base.shape != exact.shape or base.ndim < 2:
         raise ArgumentError(
             "Expected `base` and `exact` of one shape [batch, seq, d] or [tokens, d], "
             f"got {tuple(base.shape)} and {tuple(exact.shape)}."
         )
-    lead = base.shape[:-1]
-    if mask is None:
-        mask = torch.ones(lead, dtype=torch.bool, device=base.device)
-    if mask.shape != lead:
-        raise ArgumentError(
-            f"Expected a mask of shape {tuple(lead)}, got {tuple(mask.shape)}."
-        )
-    if not bool(mask.any()):
-        raise ArgumentError("No token is left to fit: every token is masked.")
-    keep = fitted_tokens(mask.bool(), base, first_position=first_position)
+    mask = _as_mask(mask, base)
+    for name, value in (("base", base), ("exact", exact)):
+        if wrong := int((~torch.isfinite(value[mask])).sum()):
+            raise ArgumentError(
+                f"Expected finite numbers in `{name}`, got {wrong} NaN or infinite "
+                "entries. Leave such tokens out with `mask`."
+            )
+    keep = fitted_tokens(mask, base, first_position=first_position)
     moments = Moments()
     moments.add(base[keep].detach(), exact[keep].detach())
     return Regression(moments, ridge).form(form, rank)
+
+
+def _as_mask(mask: object, base: Tensor) -> Tensor:
+    """The tokens that count, bool; every token for `None`."""
+    lead = base.shape[:-1]
+    if mask is None:
+        made = torch.ones(lead, dtype=torch.bool, device=base.device)
+    else:
+        made = as_tensor("mask", mask).to(base.device, torch.bool)
+    if made.shape != lead:
+        raise ArgumentError(
+            f"Expected a mask of shape {tuple(lead)}, got {tuple(made.shape)}."
+        )
+    if not bool(made.any()):
+        raise ArgumentError("No token is left to fit: every token is masked.")
+    return made

@@ -1,14 +1,15 @@
 """`equiv.fit_sequential`: steering per layer, each fitted on the steered stream."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from equiv.errors import ArgumentError
+from equiv.arguments import as_choice, as_dtype, as_layers, as_rank, as_ridge
 from equiv.model.batches import from_inputs
-from equiv.model.guard import measured
+from equiv.model.families import find_blocks
+from equiv.model.guard import check_model, measured
 from equiv.model.sites import SiteKey
 from equiv.model.stages import staged
 from equiv.shift.propagate import TUNED, Point, low_rank_names, propagate
@@ -27,7 +28,7 @@ def fit_sequential(
     form: str = "affine",
     rank: int | None = 8,
     target: str = "block",
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     tokenizer: Any = None,
     ridge: float = RIDGE,
     first_position: bool | None = None,
@@ -53,7 +54,8 @@ def fit_sequential(
         ridge: Relative ridge of the fits.
         first_position: Whether the first token of each sequence is fitted; `None`:
             unless it is a sink (see `equiv.steering.sinks`).
-        dtype: Compute dtype of the activations; the fits are solved in float64.
+        dtype: Compute dtype of the activations, torch.float32 or torch.float64; the
+            fits are solved in float64.
 
     Returns:
         (layer, site) → steering, ready for `equiv.steer`.
@@ -69,21 +71,26 @@ def fit_sequential(
         >>> torch.allclose(fitted[0, "0"](x)[0], x.mean(0), atol=1e-6)
         True
     """
-    if form not in FORMS:
-        raise ArgumentError(f"Expected form in {', '.join(FORMS)}, got {form!r}.")
-    if target not in TARGETS:
-        raise ArgumentError(f"Expected target in {', '.join(TARGETS)}, got {target!r}.")
-    if rank is not None and rank < 1:
-        raise ArgumentError(f"Expected rank >= 1 or None, got {rank}.")
+    check_model(model)
+    spec = Spec(
+        site,
+        as_choice("form", form, FORMS),
+        as_rank(rank),
+        as_choice("target", target, TARGETS),
+        as_ridge(ridge),
+        first_position,
+    )
+    dtype = as_dtype(dtype)
+    blocks = find_blocks(model)
+    chosen = as_layers(layers, len(blocks.modules) if blocks else 1)
     update = resolve(model, delta_w)
     batches = from_inputs(model, inputs, tokenizer)
     low = low_rank_names(model, update)
-    spec = Spec(site, form, rank, target, ridge, first_position)
     with (
         measured(model),
         staged(model, batches, dtype, sites=(site,), low_names=low) as cut,
     ):
-        chain = Chain(cut, spec, layers=layers)
+        chain = Chain(cut, spec, layers=chosen)
         points = (Point(0.0), TUNED)
         for stage, tensors, traces in propagate(cut, update, points, low=low):
             if stage.name == "embed":
