@@ -43,7 +43,7 @@ def fitted(update: Update, model: nn.Module) -> Update:
                 f"`{name}` and `{canonical}` are one tied weight, but the update gives "
                 "them two different values. Give one of them."
             )
-        deltas[canonical] = delta
+        deltas[canonical] = delta if isinstance(delta, LowRank) else delta.detach()
     _check_differences(deltas, own)
     return Update(deltas, {}, update.source)
 
