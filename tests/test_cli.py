@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from equiv.cli.loading import read_texts
 from equiv.cli.main import main
 from equiv.demo import loading
 from equiv.report.report import Report
@@ -56,9 +57,12 @@ def test_thresholds_set_the_status(
 
 
 def test_what_was_not_measured_is_not_met(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check", BASE, LORA, "--min-recovered", "0.1"]) == 1
+    path = tmp_path / "one.txt"  # nothing can be held out of one text
+    path.write_text(loading.texts(1)[0])
+    arguments = ["check", BASE, LORA, "--inputs", str(path)]
+    assert main([*arguments, "--min-recovered", "0.1"]) == 1
     assert "recovers –" in capsys.readouterr().out
     assert main(["check", BASE, LORA]) == 0
 
@@ -90,6 +94,21 @@ def test_jsonl_inputs_and_the_limit(
         (["check", BASE, "/no/update"], "/no/update"),
         (["check", BASE, LORA, "--json", "/no/folder/x.json"], "no folder /no/folder"),
         (["demo", "--html", "/no/folder/x.html"], "no folder /no/folder"),
+        (["check", BASE, LORA, "--json", "/tmp"], "/tmp: it is a folder"),
+        (["demo", "--html", "/tmp"], "/tmp: it is a folder"),
+        (["check", BASE, LORA, "--limit", "0"], "invalid value for '--limit'"),
+        (["check", BASE, LORA, "--min-recovered", "0.5"], "needs --inputs"),
+        (
+            ["check", BASE, LORA, "--inputs", "samples", "--min-recovered", "1.5"],
+            "at most 1 (all of it), got 1.5",
+        ),
+        (
+            ["check", BASE, LORA, "--inputs", "samples", "--min-recovered", "nan"],
+            "at most 1 (all of it), got nan",
+        ),
+        (["check", "models/of/mine", LORA], "and there is no such local path"),
+        (["check", BASE, LORA, "--max-remainder", "nan"], "`max_remainder`"),
+        (["check", BASE, LORA, "--seed", "-1"], "`seed`"),
         (["check", BASE, BASE], "equal everywhere"),
     ],
 )
@@ -110,6 +129,9 @@ def test_mistakes_have_status_two(
         (b'{"text": "a"}\n{', ".jsonl", "line 2: not JSON"),
         (b'{"body": "a"}', ".jsonl", "line 1: expected a field text, question"),
         (b'{"text": 3}', ".jsonl", "line 1: expected a field"),
+        (b'{"text": 3}', ".JSONL", "line 1: expected a field"),
+        (b'\xef\xbb\xbf\n{"text": "a"}', ".txt", "rename it to .jsonl"),
+        (b'["a", "b"]', ".txt", "rename it to .jsonl"),
     ],
 )
 def test_bad_files_have_status_two(
@@ -123,6 +145,56 @@ def test_bad_files_have_status_two(
     path.write_bytes(content)
     assert main(["check", BASE, LORA, "--inputs", str(path)]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_lines_end_where_files_say_so(tmp_path: Path) -> None:
+    """A byte order mark, carriage returns, and separators inside JSON strings."""
+    path = tmp_path / "texts.JSONL"
+    texts = ["a\u2028b", "c\u0085d", "e"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert read_texts(path, 9) == texts
+    plain = tmp_path / "texts.txt"
+    plain.write_bytes("\ufeff[MAX 1 2]\r\na\u2028b\r\n".encode())
+    assert read_texts(plain, 9) == ["[MAX 1 2]", "a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ZeroDivisionError("ours"), 3),
+        (EOFError("ours"), 3),
+        (BrokenPipeError(32, "ours"), 3),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_nobody_expected_is_not_status_one(
+    error: BaseException,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("equiv.cli.loading.load_base", broken)
+    assert main(["check", BASE, LORA]) == status
+    shown = capsys.readouterr().err
+    assert ("Traceback" in shown) == isinstance(error, ZeroDivisionError)
+
+
+def test_reports_that_cannot_be_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(self: Report, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Report, "to_json", full)
+    arguments = ["check", BASE, LORA, "--json", str(tmp_path / "r.json")]
+    assert main(arguments) == 2
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_damaged_model_has_status_two(
@@ -166,6 +238,7 @@ def test_help_says_what_the_status_means(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["check", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "0 when what was asked for is met, 1 when it is not met" in shown
+    assert "3 for an internal error" in shown
     assert main(["--help"]) == 0
 
 

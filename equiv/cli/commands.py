@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from equiv.errors import FileFormatError
+from equiv.errors import ArgumentError, FileFormatError
 
 if TYPE_CHECKING:
     from equiv.report.report import Report
@@ -29,7 +29,7 @@ HtmlFile = Annotated[
 ]
 _STATUS = (
     "Exit status: 0 when what was asked for is met, 1 when it is not met or could not "
-    "be decided, 2 for wrong usage or data."
+    "be decided, 2 for wrong usage or data, 3 for an internal error."
 )
 
 
@@ -59,12 +59,13 @@ def check(
     min_recovered: Annotated[
         float | None,
         typer.Option(
-            help="Ask that steering recovers at least this share of the behaviour."
+            help="Ask that steering recovers at least this share, up to 1, of the "
+            "behaviour. Needs --inputs."
         ),
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the affine steering.")] = 8,
     limit: Annotated[
-        int, typer.Option(help="Use at most this many texts, the first ones.")
+        int, typer.Option(min=1, help="Use at most this many texts, the first ones.")
     ] = 512,
     at: Annotated[
         str, typer.Option(help='Where to linearise: "both", "base" or "midpoint".')
@@ -82,6 +83,7 @@ def check(
     from equiv.cli.loading import load_base, load_tokenizer, read_texts
 
     _check_outputs(json, html)
+    _check_share(min_recovered, inputs)
     texts = None if inputs in (None, "samples") else read_texts(Path(inputs), limit)
     model = load_base(base)
     tokenizer = None if texts is None else load_tokenizer(base)
@@ -111,10 +113,28 @@ def demo(json: JsonFile = None, html: HtmlFile = None) -> None:
 
 
 def _check_outputs(*paths: Path | None) -> None:
-    """Complain before the work about a folder that does not exist."""
+    """Complain before the work about a file that cannot be written."""
     for path in paths:
         if path is not None and not path.parent.is_dir():
             raise FileFormatError(f"Cannot write {path}: no folder {path.parent}.")
+        if path is not None and path.is_dir():
+            raise FileFormatError(
+                f"Cannot write {path}: it is a folder. Name a file in it."
+            )
+
+
+def _check_share(min_recovered: float | None, inputs: str | None) -> None:
+    if min_recovered is None:
+        return
+    if not min_recovered <= 1:
+        raise ArgumentError(
+            f"Expected --min-recovered of at most 1 (all of it), got {min_recovered}."
+        )
+    if inputs is None:
+        raise ArgumentError(
+            "--min-recovered needs --inputs: on random token ids no behaviour is "
+            "measured. Pass a file of texts."
+        )
 
 
 def _show(report: "Report", json: Path | None, html: Path | None) -> None:
@@ -128,12 +148,14 @@ def _show(report: "Report", json: Path | None, html: Path | None) -> None:
 
 
 def _write(report: "Report", json: Path | None, html: Path | None) -> None:
-    if json is not None:
-        report.to_json(json)
-        typer.echo(f"Wrote {json}")
-    if html is not None:
-        report.to_html(html)
-        typer.echo(f"Wrote {html}")
+    for path, write in ((json, report.to_json), (html, report.to_html)):
+        if path is None:
+            continue
+        try:
+            write(path)
+        except OSError as error:
+            raise FileFormatError(f"Cannot write {path}: {error}.") from None
+        typer.echo(f"Wrote {path}")
 
 
 def _status(report: "Report", min_recovered: float | None) -> int:

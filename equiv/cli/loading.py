@@ -27,7 +27,7 @@ def load_base(name: str) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise FileFormatError(f"Cannot load a model from {name!r}: {error}") from None
+        raise FileFormatError(_not_found(name, error)) from None
     saved = (config.architectures or [None])[0]
     loader = getattr(transformers, saved, None) if saved else AutoModel
     if loader is None:
@@ -61,17 +61,25 @@ def read_texts(path: Path, limit: int) -> list[str]:
     if not path.is_file():
         raise InputsError(f"Expected a file of texts, {path} does not exist.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        whole = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputsError(f"{path} is not text in UTF-8: {error}.") from None
+    # JSON strings may hold other line separators, such as U+2028, as they are.
+    lines = [line.rstrip("\r") for line in whole.split("\n")]
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputsError(f"{path} holds no text.")
     if len(numbered) > limit:
         print(f"Using the first {limit} of {len(numbered)} texts.", file=sys.stderr)
-    is_json = path.suffix in (".jsonl", ".json")
-    read = [_text(path, i, line) if is_json else line for i, line in numbered[:limit]]
-    if not read:
-        raise InputsError(f"{path} holds no text.")
-    return read
+    numbered = numbered[:limit]
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return [_text(path, i, line) for i, line in numbered]
+    if numbered[0][1].startswith(("{", '["')):
+        raise InputsError(
+            f"Expected plain texts in {path}, but its first line looks like JSON: "
+            "rename it to .jsonl, with one object per line."
+        )
+    return [line for _, line in numbered]
 
 
 def _text(path: Path, number: int, line: str) -> str:
@@ -95,3 +103,8 @@ def _check_folder(name: str) -> None:
     path = Path(name)
     if is_local(name) and not (path / "config.json").is_file():
         raise FileFormatError(f"Expected a model in {path}: no config.json there.")
+
+
+def _not_found(name: str, error: Exception) -> str:
+    said = f"Cannot load a model from {name!r}: {str(error).strip().rstrip('.')}"
+    return f"{said}." if is_local(name) else f"{said}; and there is no such local path."

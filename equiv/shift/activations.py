@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def shifts(
     inputs: object,
     *,
     sites: Sequence[str] | None = SITES,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[SupportsIndex] | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
 ) -> Shifts:

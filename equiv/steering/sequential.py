@@ -1,7 +1,7 @@
 """`equiv.fit_sequential`: steering per layer, each fitted on the steered stream."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ def fit_sequential(
     form: str = "affine",
     rank: int | None = 8,
     target: str = "block",
-    layers: Iterable[int] | None = None,
+    layers: Iterable[SupportsIndex] | None = None,
     tokenizer: Any = None,
     ridge: float = RIDGE,
     first_position: bool | None = None,

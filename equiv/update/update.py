@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from equiv.arguments import as_integers, as_number, as_seed
 from equiv.errors import UpdateError, UpdateMismatchError
 from equiv.update.low_rank import Delta, LowRank, norm_of
 
@@ -35,6 +37,10 @@ class Update:
     base_norms: Mapping[str, float]
     source: str = "update"
 
+    def __repr__(self) -> str:
+        count = len(self.deltas)
+        return f"Update({self.source}: {count} parameters, norm {self.norm():.3g})"
+
     @classmethod
     def from_dict(
         cls, deltas: Mapping[str, Delta], *, source: str = "update"
@@ -42,9 +48,14 @@ class Update:
         """An update from parameter name → difference.
 
         Raises:
-            UpdateError: If it is empty, or an entry is no floating tensor or not
-                finite.
+            UpdateError: If it is no mapping or empty, or an entry is no dense floating
+                tensor or not finite.
         """
+        if not isinstance(deltas, Mapping):
+            raise UpdateError(
+                "Expected a mapping of parameter name → difference, got "
+                f"{type(deltas).__name__}."
+            )
         if not deltas:
             raise UpdateError(
                 "The update is empty: expected at least one parameter name → tensor."
@@ -102,14 +113,24 @@ class Update:
         """Tuned − base for two models of one architecture.
 
         Raises:
-            UpdateMismatchError: If their parameters differ in name or shape.
-            UpdateError: If they are one and the same model, or equal everywhere.
+            UpdateMismatchError: If their parameters differ in name or shape, or their
+                buffers in value.
+            UpdateError: If one is no model, they are one and the same, or equal
+                everywhere.
         """
+        for name, model in (("base", base), ("tuned", tuned)):
+            if not isinstance(model, nn.Module):
+                raise UpdateError(
+                    f"Expected `{name}` to be a `torch.nn.Module`, got "
+                    f"{type(model).__name__}. For state dicts there is "
+                    "`Update.from_state_dicts`."
+                )
         if base is tuned:
             raise UpdateError(
                 "Base and tuned are the same object, so their difference is zero. Pass "
                 "a copy made before training (`copy.deepcopy(model)`)."
             )
+        _check_buffers(base, tuned)
         return cls.from_state_dicts(
             dict(base.named_parameters()),
             dict(tuned.named_parameters()),
@@ -117,27 +138,44 @@ class Update:
         )
 
     @classmethod
-    def from_peft(cls, adapted: "PeftModel | str") -> "Update":
+    def from_peft(cls, adapted: "PeftModel | str | Path") -> "Update":
         """The update that a PEFT adapter makes; plain LoRA stays in factors.
 
         Args:
             adapted: A `PeftModel`, or the directory of a LoRA adapter.
 
         Raises:
-            UpdateError: If the adapter is merged, or of a kind that cannot be merged.
+            UpdateError: If it is no adapter, is merged, or of a kind that cannot be
+                merged.
         """
-        from equiv.update.adapters import from_directory, from_model
+        from equiv.update.adapters import from_directory, from_model, is_peft
 
-        if isinstance(adapted, nn.Module):
-            return from_model(adapted)
-        return from_directory(adapted)
+        if isinstance(adapted, (str, Path)):
+            return from_directory(adapted)
+        if not is_peft(adapted):
+            raise UpdateError(
+                "Expected a `PeftModel` or the directory of an adapter, got "
+                f"{type(adapted).__name__}. A tuned model goes to "
+                "`Update.between(base, tuned)`."
+            )
+        return from_model(adapted)
 
     @classmethod
     def random(cls, model: nn.Module, relative_norm: float, seed: int) -> "Update":
         """Independent normal differences, each `relative_norm` times its parameter.
 
         Parameters that are zero everywhere are left alone.
+
+        Raises:
+            ArgumentError: If the norm is not positive and finite, or the seed none.
         """
+        relative_norm = as_number(
+            "relative_norm",
+            relative_norm,
+            "a finite number > 0",
+            lambda found: 0 < found < math.inf,
+        )
+        seed = as_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         deltas: dict[str, Delta] = {}
         norms: dict[str, float] = {}
@@ -154,7 +192,12 @@ class Update:
         return cls(cls.from_dict(deltas).deltas, norms, source)
 
     def scaled(self, t: float) -> "Update":
-        """T times the update."""
+        """T times the update.
+
+        Raises:
+            ArgumentError: If t is no finite number.
+        """
+        t = as_number("t", t)
         deltas = {
             name: delta.scaled(t) if isinstance(delta, LowRank) else delta * t
             for name, delta in self.deltas.items()
@@ -175,10 +218,11 @@ class Update:
 
         Raises:
             UpdateError: If nothing is left.
+            ArgumentError: If `layers` are no integers.
         """
         kept = dict(self.deltas)
         if layers is not None:
-            wanted = set(layers)
+            wanted = set(as_integers("layers", layers))
             kept = {n: d for n, d in kept.items() if _layer_of(n) in wanted}
         if names is not None:
             patterns = [names] if isinstance(names, str) else list(names)
@@ -218,6 +262,33 @@ class Update:
         return self.norm() / base if base else math.inf
 
 
+def _check_buffers(base: nn.Module, tuned: nn.Module) -> None:
+    """Refuse models whose stored buffers (running means, say) differ."""
+    mine, theirs = (_stored_buffers(model) for model in (base, tuned))
+    for name in mine.keys() & theirs.keys():
+        a, b = mine[name], theirs[name]
+        rounding = max(torch.finfo(x.dtype).eps for x in (a, b))
+        same = a.shape == b.shape and torch.allclose(
+            a.double(), b.double().to(a.device), rtol=rounding, atol=0, equal_nan=True
+        )
+        if not same:
+            raise UpdateMismatchError(
+                f"`{name}` differs between base and tuned, but it is a buffer: it has "
+                "no derivative here, and without it the tuned model would be another "
+                "one. Copy the base's buffers into the tuned model, or tune with its "
+                "norms in eval mode."
+            )
+
+
+def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in parameters and value.is_floating_point()
+    }
+
+
 def _layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
@@ -230,6 +301,11 @@ def _check_delta(name: str, delta: object) -> None:
         if not isinstance(part, Tensor):
             raise UpdateError(
                 f"Expected a tensor for `{name}`, got {type(part).__name__}."
+            )
+        if part.layout != torch.strided:
+            raise UpdateError(
+                f"Expected a dense tensor for `{name}`, got layout {part.layout}: call "
+                "`.to_dense()`."
             )
         if not part.is_floating_point():
             raise UpdateError(
