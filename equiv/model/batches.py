@@ -25,7 +25,7 @@ from equiv.model.families import model_type
 MICRO_BATCH_TOKENS = 2048
 # Logits in one micro-batch: a few points of the update keep theirs side by side, a
 # quarter of a gigabyte each in float32.
-MICRO_BATCH_LOGITS = 2**26
+MICRO_BATCH_LOGITS = 2**25
 # An additive mask this low leaves a key no weight in any precision: exp(−1000) = 0.
 NO_WEIGHT = -1000.0
 # Families with a table of absolute positions, which ends.
