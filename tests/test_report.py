@@ -4,71 +4,38 @@ import dataclasses
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
+from gallery import NAMES, PLAIN, reports
 
 import equiv
 from equiv.report import html, plot
 from equiv.report.files import write_text
-from equiv.report.numbers import figure, percent
+from equiv.report.numbers import figure
+from equiv.report.prose import joined
 from equiv.report.report import Report
-from equiv.report.text import _percentage
 from equiv.report.values import Scope
-from equiv.testing.models import mlp, transformer
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
-    ids = torch.randint(3, 32, (12, 9), generator=torch.Generator().manual_seed(0))
-    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
-    llama = transformer("llama", seed=1, dtype=torch.float32)
-    bert = transformer("bert", seed=1, dtype=torch.float32)
-    net = mlp((4, 8, 8, 3), dtype=torch.float32)
-
-    def update(model: torch.nn.Module) -> equiv.Update:
-        return equiv.Update.random(model, 0.05, seed=2)
-
-    return {
-        "llama": equiv.check(llama, update(llama), ids),
-        "part": equiv.check(
-            llama, update(llama).restricted(layers=[1]), ids, at="base"
-        ),
-        "random": equiv.check(llama, update(llama)),
-        "bert": equiv.check(bert, update(bert), ids),
-        "module": equiv.check(net, update(net), x),
-        "single": equiv.check(llama, update(llama), ids[:1]),
-        "fails": equiv.check(
-            mlp((4, 8, 3), "relu"), update(mlp((4, 8, 3))).scaled(30), x.double()
-        ),
-    }
-
-
-NAMES = ("llama", "part", "random", "bert", "module", "single", "fails")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_json_is_strict_and_comes_back_equal(
-    reports: dict[str, Report], name: str, tmp_path: Path
-) -> None:
+def test_json_is_strict_and_comes_back_equal(name: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    reports[name].to_json(path)
-    assert Report.from_json(path) == reports[name]
+    reports()[name].to_json(path)
+    assert Report.from_json(path) == reports()[name]
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
     content = json.loads(path.read_text(), parse_constant=refuse)
-    assert content["answer"] == reports[name].headline
+    assert content["answer"] == reports()[name].headline
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_json_keeps_what_it_has_no_numbers_for(
-    reports: dict[str, Report], tmp_path: Path
-) -> None:
-    report = reports["module"]
+def test_json_keeps_what_it_has_no_numbers_for(tmp_path: Path) -> None:
+    report = reports()["module"]
     first = dataclasses.replace(
         report.rows[0], remainder=math.inf, norm_base=float("-inf")
     )
@@ -78,7 +45,7 @@ def test_json_keeps_what_it_has_no_numbers_for(
 
 
 def test_a_file_is_whole_or_absent(
-    reports: dict[str, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "kept.json"
     path.write_text("what was here")
@@ -88,7 +55,7 @@ def test_a_file_is_whole_or_absent(
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space"):
-        reports["llama"].to_json(path)
+        reports()["llama"].to_json(path)
     assert path.read_text() == "what was here"
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(equiv.ArgumentError, match="does not exist"):
@@ -107,11 +74,9 @@ def test_a_file_is_whole_or_absent(
         (lambda c: c["subject"].pop("model"), "lacks 'model'"),
     ],
 )
-def test_damaged_files_are_refused(
-    reports: dict[str, Report], tmp_path: Path, damage, says: str
-) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, damage, says: str) -> None:
     path = tmp_path / "report.json"
-    reports["module"].to_json(path)
+    reports()["module"].to_json(path)
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
@@ -122,46 +87,6 @@ def test_damaged_files_are_refused(
         Report.from_json(path)
     with pytest.raises(equiv.FileFormatError, match="does not exist"):
         Report.from_json(tmp_path / "other.json")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_text_starts_with_the_answer_and_fits_the_width(
-    reports: dict[str, Report], name: str
-) -> None:
-    text = str(reports[name])
-    lines = text.splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    joined = " ".join(text.split())
-    assert joined.startswith(" ".join(reports[name].headline.split()))
-    assert "…" not in text  # nothing is cut off
-    assert "nan" not in text and "None" not in text
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_text_says_the_figures_of_the_report(
-    reports: dict[str, Report], name: str
-) -> None:
-    text = str(reports[name])
-    for row in reports[name].rows:
-        if row.scope is Scope.PROPAGATED and row.remainder is not None:
-            assert _percentage(row.remainder) in text
-    for entry in reports[name].behaviour:
-        if entry.layers == "all":
-            assert percent(entry.recovered) in text
-
-
-def test_the_headline_of_each_kind(reports: dict[str, Report]) -> None:
-    headline = {name: report.headline for name, report in reports.items()}
-    assert re.match(
-        r"Steering (replaces \d+ % of|does not replace) this update.*KL .*; first "
-        r"order holds to t = [\d.]+ from the base, ",
-        headline["llama"],
-    )
-    assert "not measured: random inputs" in headline["random"]
-    assert "output difference" in headline["module"]
-    assert "fewer than two sequences" in headline["single"]
-    assert "not established" in headline["fails"]
-    assert not reports["fails"].derivative_holds
 
 
 class _Page(HTMLParser):
@@ -195,11 +120,9 @@ class _Page(HTMLParser):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_is_whole_and_self_contained(
-    reports: dict[str, Report], name: str, tmp_path: Path
-) -> None:
+def test_the_page_is_whole_and_self_contained(name: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    reports[name].to_html(path)
+    reports()[name].to_html(path)
     text = path.read_text()
     page = _Page()
     page.feed(text)
@@ -212,14 +135,14 @@ def test_the_page_is_whole_and_self_contained(
         assert used in page.ids
     assert not re.search(r"@import|url\((?!#)", text)
     assert "None" not in text and "nan" not in text
-    assert reports[name].headline.split(":")[0].split("‖")[0][:40] in text
+    assert joined(reports()[name].headline) in unescape(text)
     again = tmp_path / "again.html"
-    reports[name].to_html(again)
+    reports()[name].to_html(again)
     assert again.read_text() == text  # the same report makes the same page
 
 
-def test_the_page_escapes_names(reports: dict[str, Report], tmp_path: Path) -> None:
-    report = reports["module"]
+def test_the_page_escapes_names(tmp_path: Path) -> None:
+    report = reports()["module"]
     subject = dataclasses.replace(report.subject, update="<script>alert(1)</script>")
     page = tmp_path / "page.html"
     dataclasses.replace(report, subject=subject).to_html(page)
@@ -227,9 +150,9 @@ def test_the_page_escapes_names(reports: dict[str, Report], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_frame_has_every_row(reports: dict[str, Report], name: str) -> None:
-    frame = reports[name].to_frame()
-    rows = reports[name].rows
+def test_the_frame_has_every_row(name: str) -> None:
+    frame = reports()[name].to_frame()
+    rows = reports()[name].rows
     assert len(frame) == len(rows)
     assert list(frame["site"]) == [row.site for row in rows]
     assert list(frame["order_verdict"]) == [row.order.verdict.value for row in rows]
@@ -237,8 +160,8 @@ def test_the_frame_has_every_row(reports: dict[str, Report], name: str) -> None:
     assert list(kept) == [r.remainder for r in rows if r.remainder is not None]
 
 
-def test_the_ladder_has_a_line_per_site(reports: dict[str, Report]) -> None:
-    report = reports["llama"]
+def test_the_ladder_has_a_line_per_site() -> None:
+    report = reports()["llama"]
     axes = report.plot().axes[0]
     legend = axes.get_legend()
     assert legend is not None
@@ -263,32 +186,101 @@ def test_the_ladder_has_a_line_per_site(reports: dict[str, Report]) -> None:
     rows = [b for b in report.behaviour if b.site == "block_out" and b.layers == "all"]
     assert list(drawn)[1:] == [row.recovered for row in rows]
     with pytest.raises(equiv.ArgumentError, match="no behaviour to plot"):
-        reports["random"].plot()
+        reports()["random"].plot()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_show_the_rows_figures(reports: dict[str, Report], name: str) -> None:
-    report = reports[name]
+def test_pictures_show_the_rows_figures(name: str) -> None:
+    report = reports()[name]
     texts = {t.get_text() for axes in plot.heat_map(report).axes for t in axes.texts}
     shown = [r for r in report.rows if r.scope is Scope.PROPAGATED]
     for row in shown:
         if row.remainder is not None:
-            assert figure(max(row.remainder, 1e-6), 2) in texts
+            assert figure(row.remainder, 2) in texts
     curves = plot.taylor(report).axes
     assert curves and any(axes.lines for axes in curves)
 
 
+def test_an_exact_remainder_is_drawn_as_such() -> None:
+    """Nothing above rounding: a panel that says so, and no warning of empty axes."""
+    (axes,) = plot.taylor(reports()["head"]).axes
+    assert "zero to rounding" in {text.get_text() for text in axes.texts}
+    assert axes.get_xlim()[0] < 2**-9 and axes.get_xlim()[1] < 2
+    assert 'id="taylor-' in html.to_html(reports()["head"])
+
+
+def test_pictures_name_their_layers() -> None:
+    (figure_legend,) = plot.taylor(reports()["llama"]).legends
+    named = [text.get_text() for text in figure_legend.get_texts()]
+    assert named == ["from the base", "from the midpoint", "layer 0", "layer 1"]
+    (figure_legend,) = plot.taylor(reports()["part"]).legends
+    named = [text.get_text() for text in figure_legend.get_texts()]
+    assert named == ["from the base", "layer 1"]
+    for name in NAMES:
+        for axes in plot.heat_map(reports()[name]).axes:
+            assert axes.get_ylabel() == ("site" if name in PLAIN else "layer")
+            for site in (label.get_text() for label in axes.get_xticklabels()):
+                assert site in {row.site for row in reports()[name].rows}
+
+
+def _tables(name: str) -> list[list[list[str]]]:
+    """Cells of every table of a page, row by row, heads first."""
+    found = []
+    for table in re.findall(
+        r"<table>(.*?)</table>", html.to_html(reports()[name]), re.S
+    ):
+        rows = re.findall(r"<tr>(.*?)</tr>", table, re.S)
+        cells = [re.findall(r"<t[hd](.*?)>(.*?)</t[hd]>", row, re.S) for row in rows]
+        wide = [
+            sum(int((re.findall(r'colspan="(\d)"', a) or ["1"])[0]) for a, _ in row)
+            for row in cells
+        ]
+        tall = sum("rowspan" in a for a, _ in cells[0])
+        assert len(set(wide[1 + bool(tall) :])) == 1
+        assert wide[0] == wide[-1] and (not tall or wide[1] == wide[0] - tall)
+        found.append([[content for _, content in row] for row in cells])
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_have_a_name_for_every_column(name: str) -> None:
+    for table in _tables(name):
+        heads = table[0] + (table[1] if "from the base" in table[0] else [])
+        assert all(heads)
+        assert not any("predicted" in head for head in heads)
+        assert ("layer" in heads or "layers" in heads) == (name not in PLAIN)
+        assert ("from the midpoint" in heads) == (
+            "from the base" in heads and name != "part"
+        )
+    page = html.to_html(reports()[name])
+    assert ("passes through the rest of the block" in page) == (
+        bool(reports()[name].behaviour) and name not in PLAIN
+    )
+    assert ("midpoint" in page) == (name != "part")
+    assert ("95&nbsp;%<br>interval" in page) == any(
+        row.recovered_low is not None for row in reports()[name].behaviour
+    )
+
+
+def test_no_vector_is_said_to_have_few_tokens() -> None:
+    (fits,) = (t for t in _tables("llama") if "reads" in t[0])
+    verdicts = {row[2]: row[-1] for row in fits[1:]}
+    assert verdicts["vector"] == "measured" and verdicts["affine r8"] == "few tokens"
+    (fits,) = (t for t in _tables("head") if "reads" in t[0])
+    assert {row[-1] for row in fits[1:]} == {"no shift"}
+
+
 def test_pages_need_their_extra(
-    reports: dict[str, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
 
     for name in ("jinja2", "pandas", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     for call in (
-        lambda: html.write_html(reports["llama"], tmp_path / "x.html"),
-        reports["llama"].to_frame,
-        reports["llama"].plot,
+        lambda: html.write_html(reports()["llama"], tmp_path / "x.html"),
+        reports()["llama"].to_frame,
+        reports()["llama"].plot,
     ):
         with pytest.raises(equiv.MissingExtraError, match=r"equiv\[report\]"):
             call()

@@ -3,7 +3,6 @@
 import json
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from equiv.checking import check
@@ -16,6 +15,7 @@ from equiv.demo.loading import (
     texts,
 )
 from equiv.report.answer import best, exact_oracle, unsteered
+from equiv.report.grid import Grid
 from equiv.report.numbers import figure, percent
 from equiv.report.prose import Prose
 from equiv.report.report import Report
@@ -26,7 +26,8 @@ SEQUENCES = 160
 
 def run() -> Report:
     """Check the LoRA and the full fine-tune; print both; return the first's report."""
-    console = Console(highlight=False, width=WIDTH)
+    console = Console(highlight=False)
+    console.width = min(WIDTH, console.width)
     base, tokenizer = load_base(), load_tokenizer()
     lines = texts(SEQUENCES)
     console.print(_introduction(lines[0]))
@@ -64,20 +65,21 @@ def _introduction(line: str) -> Prose:
     )
 
 
-def _comparison(reports: dict[str, Report]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("update", "size", "KL", "steered", "recovered", "by", "oracle"):
-        table.add_column(column)
+def _comparison(reports: dict[str, Report]) -> Grid:
+    header = ("update", "size", "KL", "steered", "recovered", "by", "oracle")
+    rows = []
     for name, report in reports.items():
         row, none, oracle = best(report), unsteered(report), exact_oracle(report)
         assert row is not None and none is not None and oracle is not None
-        table.add_row(
-            name,
-            percent(report.subject.update_relative_norm),
-            figure(none.distance),
-            figure(row.distance),
-            percent(row.recovered),
-            f"{row.rung} at {row.site}",
-            percent(oracle.recovered),
+        rows.append(
+            (
+                name,
+                percent(report.subject.update_relative_norm),
+                figure(none.distance),
+                figure(row.distance),
+                percent(row.recovered),
+                f"{row.rung} at {row.site}",
+                percent(oracle.recovered),
+            )
         )
-    return table
+    return Grid("Both updates", header, rows)

@@ -1,14 +1,27 @@
 """The answer in words: headline, reason and failure text, from a report's values."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from equiv.report.numbers import figure, percent, scale
-from equiv.report.values import Behaviour, Radius, Row, Subject, Verdict
+from equiv.report.naming import (
+    end,
+    everywhere,
+    held_out,
+    is_plain,
+    moves_only_output,
+    place,
+    radius,
+)
+from equiv.report.numbers import between, counted, figure, percent, scale
+from equiv.report.values import Behaviour, Radius, Row, Verdict
 
 if TYPE_CHECKING:
     from equiv.report.report import Report
 
 RANDOM_INPUTS = "not measured: random inputs"
+# Below this many held-out sequences the headline says how many there were.
+FEW = 5
+_NOT_MEASURED = "behaviour not measured: "
 
 
 def headline(report: "Report") -> str:
@@ -16,32 +29,18 @@ def headline(report: "Report") -> str:
     return f"{_replacement(report)}; {_first_order(report)}"
 
 
-_KINDS = {
-    "random": "random inputs",
-    "samples": "samples of both models",
-    "texts": "texts",
-    "given": "given inputs",
-}
-
-
-def inputs(subject: Subject) -> str:
-    """What was measured on, in words."""
-    held = subject.held_out_sequences
-    return (
-        f"{_KINDS.get(subject.inputs, subject.inputs)}: {subject.tokens:,} tokens in "
-        f"{subject.sequences:,} sequences" + (f", {held:,} held out" if held else "")
-    )
-
-
 def best(report: "Report") -> Behaviour | None:
-    """The fitted steering of all layers at once that recovers most."""
+    """The fitted steering of all layers at once that recovers most.
+
+    Full rank counts only where nothing smaller was fitted.
+    """
     fitted = [
         row
         for row in report.behaviour
         if row.layers == "all" and row.num_parameters and row.recovered is not None
     ]
-    shares = [row for row in fitted if _is_small(row)]
-    return max(shares or fitted, key=lambda row: row.recovered or 0.0, default=None)
+    small = [row for row in fitted if "full" not in row.rung]
+    return max(small or fitted, key=lambda row: row.recovered or 0.0, default=None)
 
 
 def unsteered(report: "Report") -> Behaviour | None:
@@ -49,24 +48,33 @@ def unsteered(report: "Report") -> Behaviour | None:
     return next((row for row in report.behaviour if row.rung == "unsteered"), None)
 
 
+def exact_oracle(report: "Report") -> Behaviour | None:
+    """The exact oracle at the site of the best fitted steering."""
+    row = best(report)
+    return next(
+        (
+            b
+            for b in report.behaviour
+            if row is not None and b.rung == "exact oracle" and b.site == row.site
+        ),
+        None,
+    )
+
+
 def reason(report: "Report") -> str:
     """Why `report.holds` is what it is."""
-    failing = report.failing()
-    if not failing and not report.derivative_holds:
-        return "no layer and site could be judged: " + (
-            report.rows[0].order.reason if report.rows else "nothing was measured"
-        )
     drawn = " (on random inputs)" if report.subject.inputs == "random" else ""
-    if failing:
-        first = failing[0]
-        more = f"; and {len(failing) - 1} more rows" if len(failing) > 1 else ""
-        return f"{_complaint(report, first)}{more}{drawn}"
+    if not report.derivative_holds:
+        return _not_established(report) + drawn
+    if failing := report.failing():
+        return _first_of(report, failing) + drawn
     limit = report.subject.max_remainder
+    order = "third" if report.subject.at == "midpoint" else "second"
     if limit is None:
-        return f"second order or exact at every layer and site{drawn}"
+        return f"{order} order or exact at {everywhere(report)}{drawn}"
     return (
-        "second order or exact, and the remainder at full size is at most "
-        f"{figure(limit)} of the shift, at every layer and site{drawn}"
+        f"{order} order or exact, and the remainder at full size is at most "
+        f"{figure(limit)} of the shift, at {everywhere(report)}{drawn}"
     )
 
 
@@ -87,157 +95,123 @@ def failure(report: "Report") -> str:
     return "\n".join(lines)
 
 
+def wrong_orders(report: "Report") -> list[Row]:
+    """The rows whose order fails or could not be seen, those that fail first."""
+    return [
+        row
+        for verdict in (Verdict.FAILS, Verdict.INCONCLUSIVE)
+        for row in report.rows
+        if report.judged_order(row).verdict is verdict
+    ]
+
+
+def smallest(radii: Sequence[Radius | None]) -> Radius | None:
+    """The radius within which every row is."""
+    known = [r for r in radii if r is not None]
+    return min(known, key=lambda r: (r.value, r.at_least), default=None)
+
+
+def why_not_judged(report: "Report") -> str:
+    """Why there is no order to speak of."""
+    what = report.judged_order(report.rows[0]).reason if report.rows else ""
+    return what or "nothing was measured"
+
+
+def _not_established(report: "Report") -> str:
+    if wrong := wrong_orders(report):
+        return _first_of(report, wrong)
+    return f"no layer and site could be judged: {why_not_judged(report)}"
+
+
+def _first_of(report: "Report", rows: Sequence[Row]) -> str:
+    more = f"; and {counted(len(rows) - 1, 'more row')}" if len(rows) > 1 else ""
+    return f"{_complaint(report, rows[0])}{more}"
+
+
 def _complaint(report: "Report", row: Row) -> str:
-    where = f"layer {row.layer}, {row.site}, {row.scope}"
-    if row.order.verdict in (Verdict.FAILS, Verdict.INCONCLUSIVE):
-        order = "" if row.order.order is None else f", order {row.order.order:.2f}"
-        return f"{where}: {row.order.verdict}{order}: {row.order.reason}"
+    where, order = place(report, row), report.judged_order(row)
+    if order.verdict in (Verdict.FAILS, Verdict.INCONCLUSIVE):
+        return f"{where}: {order.verdict}: {order.reason}"
     remainder = figure(report.judged_remainder(row))
     limit = figure(report.subject.max_remainder)
     midpoint = report.subject.at == "midpoint"
     within = radius(row.radius_midpoint if midpoint else row.radius)
     return (
-        f"{where}: remainder {remainder} of the shift at full size, expected <= "
+        f"{where}: remainder {remainder} of the shift at full size, expected at most "
         f"{limit}; radius {within}"
     )
 
 
-def radius(value: Radius | None) -> str:
-    """A radius in words, for instance `t = 0.36` or `t >= 4`."""
-    if value is None:
-        return "not measured"
-    sign = ">=" if value.at_least else "="
-    return f"t {sign} {scale(value.value)}"
-
-
-def _is_small(row: Behaviour) -> bool:
-    return "full" not in row.rung
-
-
 def _replacement(report: "Report") -> str:
-    none = unsteered(report)
-    row = best(report)
-    if none is None or row is None or row.recovered is None:
-        return f"What steering replaces: {_why_not_measured(report)}"
-    unit = "KL" if row.measure == "kl" else "output difference"
+    none, row = unsteered(report), best(report)
+    if none is None:
+        return f"What steering replaces: {why_no_behaviour(report)}"
+    if row is None or row.recovered is None:
+        return (
+            "Steering has nothing to replace: the update does not change the output on "
+            f"the {held_out(report)}"
+        )
+    name = "KL" if row.measure == "kl" else "output difference"
+    before = f"{name} {figure(none.distance)}"
+    few = report.subject.held_out_sequences < FEW
+    where = f" on {held_out(report)}" if few else ""
+    if moves_only_output(report):
+        return (
+            "Steering does not replace this update: it moves nothing before the "
+            f"{end(report)}, so there is nothing for steering to stand in for "
+            f"({before} unsteered{where})"
+        )
     if row.strength == 0 or row.recovered <= 0:
         return (
             "Steering does not replace this update: worse than no steering at every "
-            f"strength tried ({unit} {figure(none.distance)} unsteered)"
+            f"strength tried ({before} unsteered{where})"
         )
     interval = ""
     if row.recovered_low is not None and row.recovered_high is not None:
-        low, high = percent(row.recovered_low), percent(row.recovered_high)
-        interval = f", 95 % interval {low.removesuffix(' %')}–{high}"
-    share = (
-        ""
-        if row.parameter_share is None
-        else f", {percent(row.parameter_share)} of the parameters"
-    )
+        found = between(row.recovered_low, row.recovered_high)
+        interval = f", 95 % interval {found}"
     return (
-        f"Steering replaces {percent(row.recovered)} of this update ({unit} "
-        f"{figure(none.distance)} → {figure(row.distance)}{interval}): {row.rung} at "
-        f"{row.site}, all layers{share}"
+        f"Steering replaces {percent(row.recovered)} of this update ({before} → "
+        f"{figure(row.distance)}{where}{interval}): {_by(report, row)}"
     )
 
 
-def _why_not_measured(report: "Report") -> str:
+def _by(report: "Report", row: Behaviour) -> str:
+    """Which steering, where, and how large it is."""
+    layers = "" if is_plain(report) else ", all layers"
+    share = percent(row.parameter_share)
+    size = "" if row.parameter_share is None else f", {share} of the parameters"
+    return f"{row.rung} at {row.site}{layers}{size}"
+
+
+def why_no_behaviour(report: "Report") -> str:
+    """Why nothing was steered."""
     if report.subject.inputs == "random":
         return RANDOM_INPUTS
-    return report.notes[0] if report.notes else "not measured"
+    for note in report.notes:
+        if note.startswith(_NOT_MEASURED):
+            return note.removeprefix("behaviour ")
+    return "not measured"
 
 
 def _first_order(report: "Report") -> str:
     if not report.derivative_holds:
         return f"first order is not established: {reason(report)}"
     if report.subject.inputs == "random":
-        return "first order is right at every layer and site (size " + (
-            f"{RANDOM_INPUTS})"
-        )
-    base = _smallest([row.radius for row in report.rows])
-    midpoint = _smallest([row.radius_midpoint for row in report.rows])
+        return f"first order is right at {everywhere(report)} (size {RANDOM_INPUTS})"
+    base = smallest([row.radius for row in report.rows])
+    midpoint = smallest([row.radius_midpoint for row in report.rows])
     parts = []
     if base is not None:
         parts.append(f"{_reach(base)} from the base")
     if midpoint is not None:
         parts.append(f"{_reach(midpoint)} from the midpoint")
     if not parts:
-        return "first order is right at every layer and site"
+        return f"first order is right at {everywhere(report)}"
     return "first order holds " + ", ".join(parts)
-
-
-def _smallest(radii: list[Radius | None]) -> Radius | None:
-    known = [r for r in radii if r is not None]
-    return min(known, key=lambda r: (r.value, r.at_least), default=None)
 
 
 def _reach(value: Radius) -> str:
     if value.value >= 1:
         return "for all of it"
     return f"to t = {scale(value.value)}"
-
-
-def meaning(report: "Report") -> list[str]:
-    """What the figures say, in plain sentences."""
-    said = []
-    if report.derivative_holds:
-        said.append(
-            "The derivative is right at every layer and site: first-order equivalence "
-            "holds for small enough updates. How small is the question."
-        )
-    base = _smallest([row.radius for row in report.rows])
-    midpoint = _smallest([row.radius_midpoint for row in report.rows])
-    if base is not None:
-        limit = percent(base.tolerance)
-        said.append(
-            f"From the base, the first-order shift is within {limit} of the exact one "
-            f"everywhere up to {_times(base)} this update"
-            + (
-                ""
-                if midpoint is None
-                else f"; taken at the midpoint W + ΔW/2, up to {_times(midpoint)}"
-            )
-            + "."
-        )
-    row, none = best(report), unsteered(report)
-    if row is not None and none is not None and (row.recovered or 0) > 0:
-        said.append(
-            f"The best small steering that was fitted, {row.rung} at {row.site} in "
-            f"every layer, makes up for {percent(row.recovered)} of the change in "
-            f"behaviour with {row.num_parameters:,} numbers."
-        )
-    oracle = exact_oracle(report)
-    if row is not None and oracle is not None and oracle.recovered is not None:
-        everywhere = " in every layer" if report.subject.num_layers > 1 else ""
-        said.append(
-            f"Setting {oracle.site} to the tuned model's own activation{everywhere} "
-            f"recovers {percent(oracle.recovered)}{_out_of_reach(report, oracle)}. The "
-            "difference to that is the price of the form."
-        )
-    return said
-
-
-def _out_of_reach(report: "Report", oracle: Behaviour) -> str:
-    """What the exact oracle leaves, and why; nothing when it is only rounding."""
-    if (oracle.recovered or 0.0) > 0.9999 or report.subject.num_layers < 2:
-        return ""
-    if oracle.site == "block_out":
-        return "; the rest is done after the last block, by the update of the head"
-    return "; the rest is done by what is added to the stream elsewhere, or by the head"
-
-
-def _times(value: Radius) -> str:
-    return f"{'at least ' if value.at_least else ''}{scale(value.value)} ×"
-
-
-def exact_oracle(report: "Report") -> Behaviour | None:
-    """The exact oracle at the site of the best fitted steering."""
-    row = best(report)
-    return next(
-        (
-            b
-            for b in report.behaviour
-            if row is not None and b.rung == "exact oracle" and b.site == row.site
-        ),
-        None,
-    )

@@ -3,15 +3,18 @@
 import io
 import re
 from collections.abc import Iterator
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equiv.errors import MissingExtraError
-from equiv.report import numbers, plot
-from equiv.report.answer import inputs, meaning, radius, unsteered
+from equiv.report import naming, numbers, plot
+from equiv.report.answer import unsteered
 from equiv.report.files import write_text
-from equiv.report.values import Scope
+from equiv.report.meaning import meaning
+from equiv.report.prose import joined
+from equiv.report.values import Scope, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,23 +43,43 @@ def to_html(report: "Report") -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters.update(
-        figure=numbers.figure, percent=numbers.percent, radius=radius, inputs=inputs
+        figure=numbers.figure,
+        percent=numbers.percent,
+        joined=joined,
+        reach=naming.reach,
+        listed=" and ".join,
     )
     source = files("equiv.report").joinpath("templates/report.html.j2")
     template = environment.from_string(source.read_text(encoding="utf-8"))
     return template.render(
         report=report,
         subject=report.subject,
+        facts=naming.subject(report),
+        unit=naming.unit(report),
+        few=partial(naming.few, report),
+        plain=naming.is_plain(report),
+        midpoint=naming.has_midpoint(report),
+        ends=naming.ENDS,
+        between=numbers.between,
         propagated=[r for r in report.rows if r.scope is Scope.PROPAGATED],
         local=[r for r in report.rows if r.scope is Scope.LOCAL],
+        own_shift=_fitted_to_their_own_shift(report),
         meaning=meaning(report),
         pictures=list(_pictures(report)),
     )
 
 
+def _fitted_to_their_own_shift(report: "Report") -> list[str]:
+    """Sites whose steering aims at their own shift though fits aim at the block's."""
+    if naming.is_plain(report) or report.subject.target != "block":
+        return []
+    own = (row.site for row in report.behaviour if row.target == "site")
+    return list(dict.fromkeys(own))
+
+
 def _pictures(report: "Report") -> Iterator[tuple[str, str, str]]:
     """(title, caption, SVG) of each picture that the report has figures for."""
-    if unsteered(report) is not None:
+    if unsteered(report) is not None and not naming.moves_only_output(report):
         yield (
             "The ladder",
             "Share of the change in behaviour that each way of steering recovers. "
@@ -64,19 +87,22 @@ def _pictures(report: "Report") -> Iterator[tuple[str, str, str]]:
             "right.",
             _svg(plot.ladder(report), "ladder"),
         )
-    yield (
-        "What first order leaves",
-        "Remainder of the exact shift at full size, as a share of it, by layer and "
-        "site.",
-        _svg(plot.heat_map(report), "heat"),
-    )
-    yield (
-        "The Taylor test",
-        "Relative remainder against the scale of the update: solid from the base "
-        "(falls like t), dashed from the midpoint (falls like t²); darker lines are "
-        "lower layers. Points below the rounding floor are left out.",
-        _svg(plot.taylor(report), "taylor"),
-    )
+    if any(row.remainder is not None for row in report.rows):
+        where = "site" if naming.is_plain(report) else "layer and site"
+        yield (
+            "What first order leaves",
+            f"Remainder of the exact shift at full size, as a share of it, by {where}.",
+            _svg(plot.heat_map(report), "heat"),
+        )
+    if any(row.order.verdict is not Verdict.NOT_APPLICABLE for row in report.rows):
+        yield (
+            "The Taylor test",
+            "Relative remainder against the scale of the update. From the base it "
+            "falls like t"
+            + (", from the midpoint like t²" if naming.has_midpoint(report) else "")
+            + ". Points below the rounding floor are left out.",
+            _svg(plot.taylor(report), "taylor"),
+        )
 
 
 def _svg(made: "Figure", name: str) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from equiv.errors import ArgumentError, MissingExtraError
-from equiv.model.sites import LOGITS, OUTPUT
 from equiv.report.answer import unsteered
+from equiv.report.naming import ENDS, has_midpoint, is_plain
 from equiv.report.numbers import figure, scale
 from equiv.report.values import Behaviour, Row, Scope, Verdict
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#666666"
+# More layers than these are named in part: the shades between them are in order.
+_NAMED_LAYERS = 6
+# Remainders outside are coloured like these.
+_SHADED = (1e-3, 1.0)
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -66,12 +70,11 @@ def ladder(report: "Report") -> "Figure":
     )
     what = "KL to the tuned model" if none.measure == "kl" else "output difference"
     axes.set_ylabel(f"share of the {what} recovered")
-    axes.set_title(
-        "All layers steered at one site; bars are 95 % bootstrap intervals",
-        loc="left",
-        fontsize=10,
-        color=_GREY,
-    )
+    plain = is_plain(report)
+    title = "One site steered at a time" if plain else "All layers steered at one site"
+    if any(row.recovered_low is not None for row in rows):
+        title += "; bars are 95 % bootstrap intervals"
+    axes.set_title(title, loc="left", fontsize=10, color=_GREY)
     axes.legend(frameon=False, loc="best")
     return made
 
@@ -108,60 +111,55 @@ def _ladder_line(
 def heat_map(report: "Report") -> "Figure":
     """Relative remainder at full size by layer and site, from base and midpoint."""
     rows = [r for r in report.rows if r.scope is Scope.PROPAGATED]
-    midpoint = any(row.remainder_midpoint is not None for row in rows)
-    titles = ["from the base", "from the midpoint"][: 1 + midpoint]
-    layers = list(dict.fromkeys(row.layer for row in rows))
+    titles = ["from the base", "from the midpoint"][: 1 + has_midpoint(report)]
+    plain = is_plain(report)
     sites = list(dict.fromkeys(row.site for row in rows))
-    # With few layers sites become the rows: better to read than a single long row.
-    lines = len(sites) if len(layers) <= 2 else len(layers) + 1
-    made = _figure(9.0, max(2.0, 0.6 + 0.32 * lines))
+    # Sites that are all in one layer are better to read as rows than as one long row.
+    lines = (
+        sites
+        if plain
+        else list(
+            dict.fromkeys(r.site if r.site in ENDS else str(r.layer) for r in rows)
+        )
+    )
+    made = _figure(9.0, max(2.0, 0.9 + 0.32 * len(lines)))
     panels = made.subplots(1, len(titles), squeeze=False)[0]
     for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
-        values = {
-            (r.layer, r.site): (r.remainder_midpoint if k else r.remainder)
-            for r in rows
-        }
-        _heat_panel(axes, values, layers, sites)
+        grid = [[math.nan] * (1 if plain else len(sites)) for _ in lines]
+        for row in rows:
+            value = row.remainder_midpoint if k else row.remainder
+            named = row.site in lines
+            line = lines.index(row.site if named else str(row.layer))
+            column = 0 if plain else sites.index(row.site)
+            grid[line][column] = math.nan if value is None else value
+        _heat_panel(axes, grid)
+        axes.set_yticks(range(len(lines)), lines)
+        axes.set_xticks(*([], []) if plain else (range(len(sites)), sites))
+        axes.set_ylabel("site" if plain else "layer")
         axes.set_title(f"remainder {title}", loc="left", fontsize=10, color=_GREY)
     return made
 
 
-def _heat_panel(
-    axes: "Axes",
-    values: dict[tuple[int, str], float | None],
-    layers: Sequence[int],
-    sites: Sequence[str],
-) -> None:
+def _heat_panel(axes: "Axes", grid: Sequence[Sequence[float]]) -> None:
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    flip = len(layers) <= 2
-    grid = np.full((len(layers), len(sites)), np.nan)
-    for (layer, site), value in values.items():
-        if value is not None:
-            grid[layers.index(layer), sites.index(site)] = max(value, 1e-6)
-    grid = grid.T if flip else grid
-    axes.imshow(grid, cmap="viridis_r", norm=LogNorm(1e-3, 1), aspect="auto")
-    ends = {layer: site for layer, site in values if site in (LOGITS, OUTPUT)}
-    named = [ends.get(layer, layer) if not flip else layer for layer in layers]
-    down, across = (sites, named) if flip else (named, sites)
-    axes.set_yticks(range(len(down)), [str(d) for d in down])
-    axes.set_xticks(range(len(across)), [str(a) for a in across])
+    colours = np.clip(grid, *_SHADED)
+    axes.imshow(colours, cmap="viridis_r", norm=LogNorm(*_SHADED), aspect="auto")
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for i in range(grid.shape[0]):
-        for j in range(grid.shape[1]):
-            if not math.isnan(grid[i, j]):
-                dark = grid[i, j] > 0.02
+    for i, line in enumerate(grid):
+        for j, value in enumerate(line):
+            if not math.isnan(value):
                 axes.text(
                     j,
                     i,
-                    figure(float(grid[i, j]), 2),
+                    figure(value, 2),
                     ha="center",
                     va="center",
                     fontsize=8,
-                    color="white" if dark else "black",
+                    color="white" if value > 0.02 else "black",
                 )
 
 
@@ -177,47 +175,65 @@ def taylor(report: "Report") -> "Figure":
     sites = list(dict.fromkeys(row.site for row in rows))[:6]
     columns = min(3, max(1, len(sites)))
     lines = math.ceil(max(1, len(sites)) / columns)
-    made = _figure(9.0, 2.9 * lines)
+    made = _figure(9.0, 2.9 * lines + 0.4)
     panels = made.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in panels.flat:
+        _clean(axes)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    colours = _layer_colours(rows)
     for axes, site in zip(panels.flat, sites, strict=False):
-        _taylor_panel(axes, [row for row in rows if row.site == site])
+        _taylor_panel(axes, [row for row in rows if row.site == site], colours)
         axes.set_title(site, loc="left", fontsize=10)
-    for axes in list(panels.flat)[len(sites) :]:
-        axes.set_visible(False)
-    for axes in panels[-1]:
-        axes.set_xlabel("scale t of the update")
+    for i, axes in enumerate(panels.flat):
+        axes.set_visible(i < len(sites))
+        if i + columns >= len(sites):  # nothing is drawn below
+            axes.set_xlabel("scale t of the update")
+            axes.tick_params(labelbottom=True)
     for axes in panels[:, 0]:
         axes.set_ylabel("relative remainder")
+    _taylor_legend(made, report, rows, colours)
     return made
 
 
-def _taylor_panel(axes: "Axes", rows: Sequence[Row]) -> None:
+def _layer_colours(rows: Sequence[Row]) -> dict[int, Any]:
+    """A shade per layer, the same in every panel, darker below; black for the head."""
     from matplotlib import colormaps
 
-    _clean(axes)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    layers = sorted({row.layer for row in rows if row.site not in ENDS})
     shades = colormaps["viridis"]
-    for i, row in enumerate(rows):
-        colour = shades(i / max(1, len(rows) - 1) * 0.85)
+    found = {
+        layer: shades(0.9 * i / max(1, len(layers) - 1))
+        for i, layer in enumerate(layers)
+    }
+    return {row.layer: "black" for row in rows} | found
+
+
+def _taylor_panel(axes: "Axes", rows: Sequence[Row], colours: dict[int, Any]) -> None:
+    drawn = False
+    for row in rows:
         floor = 16 * (row.taylor_floor or 0.0)
-        kept = [p for p in row.taylor if p.shift > 0 and p.remainder > floor]
-        if kept:
-            x, y = zip(*((p.scale, p.remainder / p.shift) for p in kept), strict=True)
-            axes.plot(x, y, color=colour, linewidth=1.3, label=f"layer {row.layer}")
-        middle = [
-            p
-            for p in row.taylor
-            if p.shift > 0 and p.remainder_midpoint and p.remainder_midpoint > floor
-        ]
-        if middle:
-            x, y = zip(
-                *((p.scale, (p.remainder_midpoint or 0) / p.shift) for p in middle),
-                strict=True,
-            )
-            axes.plot(x, y, color=colour, linewidth=1.3, linestyle="--")
+        for style in ("-", "--") if row.order_midpoint else ("-",):
+            points = [
+                (p.scale, remainder / p.shift)
+                for p in row.taylor
+                if (remainder := p.remainder if style == "-" else p.remainder_midpoint)
+                and p.shift > 0
+                and remainder > floor
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, style, color=colours[row.layer], linewidth=1.3)
+                drawn = True
+    if not drawn:
+        axes.text(
+            0.5, 0.5, "zero to rounding", transform=axes.transAxes, ha="center"
+        ).set_color(_GREY)
     tolerance = next((r.radius.tolerance for r in rows if r.radius), 0.1)
     axes.axhline(tolerance, color="#D55E00", linewidth=0.9, linestyle=":")
+    # Also where nothing is drawn: a lone line gives a log axis no extent.
+    axes.update_datalim([(p.scale, tolerance) for p in rows[0].taylor] + [(1.0, 1.0)])
+    axes.autoscale_view()
     axes.annotate(
         f"{scale(100 * tolerance)} %",
         (0.01, tolerance),
@@ -225,4 +241,30 @@ def _taylor_panel(axes: "Axes", rows: Sequence[Row]) -> None:
         fontsize=8,
         color="#D55E00",
         va="bottom",
+    )
+
+
+def _taylor_legend(
+    made: "Figure", report: "Report", rows: Sequence[Row], colours: dict[int, Any]
+) -> None:
+    """Which line style is which derivative, and which shade which layer."""
+    from matplotlib.lines import Line2D
+
+    keys = [Line2D([], [], color=_GREY, label="from the base")]
+    if has_midpoint(report):
+        keys.append(Line2D([], [], color=_GREY, ls="--", label="from the midpoint"))
+    layers = sorted({row.layer for row in rows if row.site not in ENDS})
+    if len(layers) > _NAMED_LAYERS:
+        layers = [layers[0], layers[len(layers) // 2], layers[-1]]
+    if not is_plain(report):
+        keys += [
+            Line2D([], [], color=colours[layer], label=f"layer {layer}")
+            for layer in layers
+        ]
+    made.legend(
+        handles=keys,
+        loc="outside lower center",
+        ncols=len(keys),
+        frameon=False,
+        fontsize=8,
     )

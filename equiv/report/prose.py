@@ -10,8 +10,20 @@ from rich.text import Text
 # Longer lines are hard to read, however wide the window is.
 WIDEST = 100
 _NO_BREAK = "\u00a0"
-# The spaces in "81 %", "0.17 ×" and "t = 0.17".
-_INSIDE_FIGURES = re.compile(r" (?=[%×])|(?<=\bt) (?=[=≥>])|(?<=[=≥]) (?=\d)")
+# The spaces in "81 %", "0.17 ×", "t = 0.17" and "░░ ≤ 10 %".
+_INSIDE_FIGURES = re.compile(
+    r" (?=[%×])|(?<=\bt) (?=[=≥])|(?<=[=≥≤]) (?=\d)|(?<=[·░▒▓█]{2}) "
+)
+
+
+def joined(text: str) -> str:
+    """The text with spaces that no line breaks at inside its figures.
+
+    Example:
+        >>> [len(word) for word in joined("81 % at t = 0.17").split(" ")]
+        [4, 2, 8]
+    """
+    return _INSIDE_FIGURES.sub(_NO_BREAK, text)
 
 
 @dataclass(frozen=True)
@@ -31,11 +43,14 @@ class Prose:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> RenderResult:
-        """Lines that end in no space; breaks in the text are kept."""
+        """Lines that end in no space; breaks in the text are kept.
+
+        A word wider than the console is broken: rich would cut it off.
+        """
         width = min(options.max_width, WIDEST)
         lines = [
             wrapped
-            for line in _INSIDE_FIGURES.sub(_NO_BREAK, self.text).split("\n")
+            for line in joined(self.text).split("\n")
             for wrapped in _wrapped(line, width, self.indent)
         ]
         yield Text("\n".join(lines).replace(_NO_BREAK, " "), style=self.style)
@@ -48,6 +63,6 @@ def _wrapped(line: str, width: int, indent: str) -> list[str]:
         width,
         initial_indent=inner,
         subsequent_indent=inner,
-        break_long_words=False,
+        break_long_words=True,
         break_on_hyphens=False,
     ) or [""]
