@@ -9,12 +9,15 @@ True
 
 from equiv.checking import check as check
 from equiv.errors import ArgumentError as ArgumentError
+from equiv.errors import EndpointError as EndpointError
 from equiv.errors import EquivError as EquivError
 from equiv.errors import FileFormatError as FileFormatError
 from equiv.errors import ForwardModeError as ForwardModeError
 from equiv.errors import InputsError as InputsError
 from equiv.errors import MissingExtraError as MissingExtraError
 from equiv.errors import NotEquivalentError as NotEquivalentError
+from equiv.errors import NotSameError as NotSameError
+from equiv.errors import OutputsError as OutputsError
 from equiv.errors import SiteError as SiteError
 from equiv.errors import UnsupportedModelError as UnsupportedModelError
 from equiv.errors import UpdateError as UpdateError

@@ -2,8 +2,8 @@
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +96,8 @@ def check(
     delta_w: object,
     inputs: object = None,
     *,
-    sites: Sequence[str] = SITES,
-    layers: Sequence[int] | None = None,
+    sites: Sequence[str] | None = SITES,
+    layers: Iterable[SupportsIndex] | None = None,
     forms: Sequence[str] = FORMS,
     rank: int = 8,
     target: str = "block",
@@ -120,7 +120,7 @@ def check(
             (sampled from the base and the tuned model), texts with `tokenizer`, a
             tensor, a mapping of keyword arguments, or an iterable of those.
         sites: Where to measure and steer; see `equiv.model.sites`. For a plain module,
-            names of submodules.
+            names of submodules. `None` for all.
         layers: Blocks that become rows; `None` for all.
         forms: Forms of steering to fit: "vector", "affine".
         rank: Rank of the affine map; ranks 1 and full are measured beside it.
@@ -159,12 +159,12 @@ def check(
     check_model(model)
     update = resolve(model, delta_w)
     blocks = find_blocks(model)
-    if blocks is None and settings.sites == SITES:
-        settings = _settings(None, forms, rank, target, at, max_remainder, dtype, seed)
-    _check_layers(layers, len(blocks.modules) if blocks else 1)
+    if settings.sites in (None, SITES):
+        settings = replace(settings, sites=SITES if blocks else None)
+    chosen = as_layers(layers, len(blocks.modules) if blocks else 1)
     with measured(model), _bar(progress) as bar:
-        kind, batches = _inputs(model, update, inputs, tokenizer, seed)
-        run = _Run(model, update, settings, batches, layers, kind, bar)
+        kind, batches = _inputs(model, update, inputs, tokenizer, settings.seed)
+        run = _Run(model, update, settings, batches, chosen, kind, bar)
         _step(bar, "inputs")
         return run.report(run.calculus())
 
@@ -430,11 +430,6 @@ def _settings(
     )
 
 
-def _check_layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...] | None:
-    """The layers as integers; raises `ArgumentError` or `SiteError`."""
-    return as_layers(layers, count)
-
-
 def _inputs(
     model: nn.Module, update: Update, inputs: object, tokenizer: Any, seed: int
 ) -> tuple[str, list[Batch]]:
@@ -443,6 +438,8 @@ def _inputs(
         return "random", from_inputs(model, random_inputs(model, seed))
     if isinstance(inputs, str) and inputs == "samples":
         return "samples", from_inputs(model, _samples(model, update, seed))
+    if isinstance(inputs, Iterator):
+        inputs = list(inputs)
     texts = isinstance(inputs, str) or (
         isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
     )

@@ -67,3 +67,25 @@ class NotEquivalentError(EquivError, AssertionError):
 
     One line per failing site, with its order, remainder and radius.
     """
+
+
+class OutputsError(EquivError, ValueError):
+    """What a side of a comparison answers cannot be compared.
+
+    Raised for different vocabularies, outputs of the wrong shape or not finite, and two
+    lists of likeliest tokens that name different tokens.
+    """
+
+
+class EndpointError(EquivError, RuntimeError):
+    """A completions endpoint did not answer as it should; nothing was kept of it.
+
+    The message says which request failed, how, and what the server said.
+    """
+
+
+class NotSameError(EquivError, AssertionError):
+    """`equiv.assert_same` found a difference beyond the tolerances.
+
+    One line: what differs most, where, by how much, and what it looks like.
+    """
