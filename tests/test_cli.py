@@ -107,6 +107,7 @@ def test_jsonl_inputs_and_the_limit(
             "at most 1 (all of it), got nan",
         ),
         (["check", "models/of/mine", LORA], "and there is no such local path"),
+        (["check", BASE, "models/of/mine"], "and there is no such local path"),
         (["check", BASE, LORA, "--max-remainder", "nan"], "`max_remainder`"),
         (["check", BASE, LORA, "--seed", "-1"], "`seed`"),
         (["check", BASE, BASE], "equal everywhere"),
@@ -177,7 +178,7 @@ def test_what_nobody_expected_is_not_status_one(
     def broken(name: str) -> None:
         raise error
 
-    monkeypatch.setattr("equiv.cli.loading.load_base", broken)
+    monkeypatch.setattr("equiv.model.loading.load_saved", broken)
     assert main(["check", BASE, LORA]) == status
     shown = capsys.readouterr().err
     assert ("Traceback" in shown) == isinstance(error, ZeroDivisionError)

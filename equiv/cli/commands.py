@@ -80,12 +80,13 @@ def check(
     site; thresholds ask for more.
     """
     from equiv.checking import check as check_update
-    from equiv.cli.loading import load_base, load_tokenizer, read_texts
+    from equiv.cli.loading import load_tokenizer, read_texts
+    from equiv.model.loading import load_saved
 
     _check_outputs(json, html)
     _check_share(min_recovered, inputs)
     texts = None if inputs in (None, "samples") else read_texts(Path(inputs), limit)
-    model = load_base(base)
+    model = load_saved(base)
     tokenizer = None if texts is None else load_tokenizer(base)
     report = check_update(
         model,

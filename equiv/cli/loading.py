@@ -1,41 +1,13 @@
-"""Models, tokenizers and texts from what a command line names."""
+"""Tokenizers and texts from what a command line names."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from equiv.errors import FileFormatError, InputsError, UnsupportedModelError
-from equiv.model.loading import is_local, load_model
+from equiv.errors import FileFormatError, InputsError
 
 _FIELDS = ("text", "question", "prompt")
-
-
-def load_base(name: str) -> nn.Module:
-    """A Hugging Face model from a path or hub id, with the head it was saved with.
-
-    Raises:
-        FileFormatError: If nothing can be loaded from there.
-        UnsupportedModelError: If the saved class is not known to transformers.
-    """
-    import transformers
-    from transformers import AutoConfig, AutoModel
-
-    _check_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileFormatError(_not_found(name, error)) from None
-    saved = (config.architectures or [None])[0]
-    loader = getattr(transformers, saved, None) if saved else AutoModel
-    if loader is None:
-        raise UnsupportedModelError(
-            f"{name!r} holds a {saved}, which transformers does not have. Code from a "
-            "model's own folder is never run."
-        )
-    return load_model(loader, name)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -97,14 +69,3 @@ def _text(path: Path, number: int, line: str) -> str:
             f"{path}, line {number}: expected a field {', '.join(_FIELDS)} with a text."
         )
     return found
-
-
-def _check_folder(name: str) -> None:
-    path = Path(name)
-    if is_local(name) and not (path / "config.json").is_file():
-        raise FileFormatError(f"Expected a model in {path}: no config.json there.")
-
-
-def _not_found(name: str, error: Exception) -> str:
-    said = f"Cannot load a model from {name!r}: {str(error).strip().rstrip('.')}"
-    return f"{said}." if is_local(name) else f"{said}; and there is no such local path."
