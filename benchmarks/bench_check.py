@@ -31,8 +31,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import equiv
 from equiv.model.attention import attention
-from equiv.model.batches import from_inputs
 from equiv.model.guard import measured
+from equiv.model.inputs import from_inputs
 from equiv.model.sites import SITES
 from equiv.model.stages import staged
 from equiv.shift.calculus import Selection

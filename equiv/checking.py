@@ -20,10 +20,11 @@ from equiv.arguments import (
 )
 from equiv.behaviour.ladder import Ladder
 from equiv.errors import InputsError, SiteError
-from equiv.model.batches import Batch, at_most, from_inputs, split
+from equiv.model.batches import Batch, at_most, split
 from equiv.model.drawn import random_inputs, sampled
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
+from equiv.model.inputs import from_inputs
 from equiv.model.sites import SITES
 from equiv.model.stages import StagedModel, staged
 from equiv.report import assemble

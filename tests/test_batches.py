@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import equiv
 from equiv.model import batches as module
-from equiv.model.batches import Batch, at_most, from_inputs, split
+from equiv.model.batches import Batch, at_most, split
+from equiv.model.inputs import from_inputs
 from equiv.testing.models import mlp, transformer
 
 IDS = torch.tensor([[3, 9, 4, 8], [5, 6, 7, 11]])

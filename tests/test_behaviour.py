@@ -11,7 +11,8 @@ import witness
 
 import equiv
 from equiv.behaviour.distance import Distances, interval, kl_divergence, recovered
-from equiv.model.batches import from_inputs, split
+from equiv.model.batches import split
+from equiv.model.inputs import from_inputs
 from equiv.report.report import Report
 from equiv.testing.models import mlp, transformer
 

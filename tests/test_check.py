@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 import equiv
-from equiv.model.batches import from_inputs, split
+from equiv.model.batches import split
+from equiv.model.inputs import from_inputs
 from equiv.report.report import Report
 from equiv.report.values import Row, Scope, TaylorPoint, Verdict
 from equiv.shift.taylor import order_of

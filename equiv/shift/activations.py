@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from equiv.arguments import as_dtype, as_layers, as_names, as_site_key, shown
 from equiv.errors import SiteError
-from equiv.model.batches import Batch, from_inputs
+from equiv.model.batches import Batch
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
+from equiv.model.inputs import from_inputs
 from equiv.model.sites import SITES, SiteKey
 from equiv.model.stages import prepared
 from equiv.shift.propagate import (

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from equiv.arguments import as_choice, as_dtype, as_layers, as_rank, as_ridge
-from equiv.model.batches import from_inputs
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
+from equiv.model.inputs import from_inputs
 from equiv.model.sites import SiteKey
 from equiv.model.stages import staged
 from equiv.shift.propagate import TUNED, Point, low_rank_names, propagate
