@@ -1,0 +1,301 @@
+"""One check under way: the calculus on few tokens, then the full pass."""
+
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equiv.behaviour.ladder import Ladder
+from equiv.model.batches import Batch, at_most, split
+from equiv.model.stages import StagedModel, staged
+from equiv.report import assemble
+from equiv.report.report import Report
+from equiv.report.values import Radius, Subject, Superposition
+from equiv.settings import Settings
+from equiv.shift.calculus import Curve, RowKey, Selection, curves
+from equiv.shift.propagate import (
+    BASE,
+    MIDPOINT,
+    TUNED,
+    low_rank_names,
+    propagate,
+)
+from equiv.shift.radius import TOLERANCE, Question, radii
+from equiv.shift.superposition import MAX_BLOCKS, superposition
+from equiv.shift.table import Table
+from equiv.steering.chain import Spec
+from equiv.steering.table import MomentTable
+from equiv.update.update import Update
+
+HELD_OUT = 0.25
+CALCULUS_TOKENS = 256
+# Sites of a plain module that get fits and behaviour; rows have no limit.
+MODULE_SITES = 12
+
+
+@dataclass
+class Calculus:
+    """What is found on few tokens, in float64."""
+
+    curves: dict[RowKey, Curve]
+    superposition: Superposition | None
+    tokens: int
+
+
+class Measurement:
+    """A model, its update and inputs, measured as the settings say.
+
+    `kind` is where the inputs come from ("random": only the calculus is measured);
+    `bar` shows progress.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        update: Update,
+        settings: Settings,
+        batches: list[Batch],
+        layers: Sequence[int] | None,
+        kind: str,
+        bar: Any,
+    ) -> None:
+        self.bar = bar
+        self.model, self.update, self.settings = model, update, settings
+        self.kind = kind
+        self.batches = split(batches, HELD_OUT, settings.seed)
+        self.layers = layers
+        self.low = low_rank_names(model, update)
+        self.notes: list[str] = []
+
+    def _staged(self, batches: list[Batch], dtype: torch.dtype) -> Any:
+        return staged(
+            self.model,
+            batches,
+            dtype,
+            sites=self.settings.sites,
+            low_names=self.low,
+        )
+
+    def _selection(self, cut: StagedModel) -> Selection:
+        layers = cut.layers if self.layers is None else self.layers
+        sites = self.settings.sites or cut.stages[0].sites
+        return Selection(frozenset(layers), tuple(sites))
+
+    def calculus(self) -> Calculus:
+        """Orders and superposition in float64, on at most 256 tokens."""
+        settings = self.settings
+        few = at_most(self.batches, CALCULUS_TOKENS, settings.seed)
+        tokens = sum(batch.tokens for batch in few)
+        with self._staged(few, settings.order_dtype) as cut:
+            selection = self._selection(cut)
+            found = curves(
+                cut,
+                self.update,
+                low=self.low,
+                selection=selection,
+                midpoint=settings.midpoint,
+            )
+            together = None
+            if cut.blocks is not None and cut.num_layers <= MAX_BLOCKS:
+                together = superposition(cut, self.update, low=tuple(self.low))
+        step(self.bar, "orders")
+        return Calculus(found, together, tokens)
+
+    def report(self, calculus: Calculus) -> Report:
+        """The full pass, and everything put together."""
+        settings = self.settings
+        dtype = settings.full_dtype(calculus.curves)
+        if settings.dtype is None and dtype == torch.float64:
+            self.notes.append(
+                "measured in float64 throughout: the update is too small for float32"
+            )
+        with self._staged(self.batches, dtype) as cut:
+            selection = self._selection(cut)
+            table = Table(selection)
+            width = _width(self.model)
+            sites = self._steered_sites(selection)
+            specs = settings.specs(sites, width)
+            moments = MomentTable(cut, sites, settings.target)
+            ladder = self._ladder(cut, specs, sites)
+            self._full_pass(cut, table, moments, ladder)
+            reach = self._radii(cut, table, calculus)
+            plain_add = bool(cut.blocks and cut.blocks.architecture.plain_add)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            return Report(
+                subject=self._subject(cut, parameters, width, calculus.tokens),
+                rows=assemble.rows(
+                    table.rows,
+                    calculus.curves,
+                    reach,
+                    midpoint=settings.midpoint,
+                    dtype=dtype,
+                    order_dtype=settings.order_dtype,
+                ),
+                coverage=assemble.coverage(table.coverage, plain_add),
+                fits=assemble.fits(moments, specs),
+                behaviour=()
+                if ladder is None
+                else assemble.behaviour(
+                    ladder, specs, model_parameters=parameters, seed=settings.seed
+                ),
+                superposition=calculus.superposition,
+                notes=tuple(self.notes),
+            )
+
+    def _steered_sites(self, selection: Selection) -> tuple[str, ...]:
+        if self.kind == "random":
+            self.notes.append(
+                "not measured: random inputs (radius, fits and behaviour need real "
+                'ones: pass `inputs=`, for instance texts, or "samples")'
+            )
+            return ()
+        if len(selection.sites) > MODULE_SITES:
+            self.notes.append(
+                f"fits and behaviour for the first {MODULE_SITES} of "
+                f"{len(selection.sites)} sites; choose others with `sites=`"
+            )
+        return selection.sites[:MODULE_SITES]
+
+    def _ladder(
+        self, cut: StagedModel, specs: Sequence[Spec], sites: Sequence[str]
+    ) -> Ladder | None:
+        if self.kind == "random":
+            return None
+        if reason := self._no_ladder(specs, sites):
+            self.notes.append(f"behaviour not measured: {reason}")
+            return None
+        ranked = [s for s in specs if s.form == "affine" and s.rank is not None]
+        single = max(ranked, key=lambda s: s.rank or 0, default=specs[0])
+        if cut.blocks is None:
+            single = None
+        return Ladder(cut, sites, specs, self.settings.midpoint, single)
+
+    def _no_ladder(self, specs: Sequence[Spec], sites: Sequence[str]) -> str:
+        if not sites:
+            return "no site lies before the output"
+        if not specs:
+            return "no forms of steering were asked for (`forms=()`)"
+        if not any(batch.held_out for batch in self.batches):
+            return "fewer than two sequences, so none can be held out"
+        return ""
+
+    def _radii(
+        self, cut: StagedModel, table: Table, calculus: Calculus
+    ) -> dict[Question, Radius]:
+        if self.kind == "random":
+            return {}
+        found = radii(
+            cut,
+            self.update,
+            table.rows,
+            calculus.curves,
+            low=self.low,
+            selection=self._selection(cut),
+            midpoint=self.settings.midpoint,
+        )
+        step(self.bar, "radii")
+        return found
+
+    def _full_pass(
+        self,
+        cut: StagedModel,
+        table: Table,
+        moments: MomentTable,
+        ladder: Ladder | None,
+    ) -> None:
+        points = (BASE, MIDPOINT, TUNED) if self.settings.midpoint else (BASE, TUNED)
+        hidden: dict[int, Tensor] = {}
+        passes = propagate(cut, self.update, points, low=self.low, local=points)
+        self.bar.total += len(cut.stages)
+        for stage, tensors, traces in self._shown(passes):
+            kept = []
+            for trace in traces:
+                table.add(trace, cut.batches[trace.batch].mask)
+                if stage.name in ("block", "module"):
+                    moments.add(stage, trace)
+                if ladder is None:
+                    continue
+                if stage.name == "embed":
+                    ladder.enter(trace.batch, trace.values[0.0][stage.output])
+                elif stage.name == "head":
+                    ladder.finish(stage, tensors, trace)
+                    continue
+                kept.append(trace)
+            if ladder is None or stage.name == "head":
+                continue
+            if stage.name in ("block", "module"):
+                fitted = moments.applied(stage.layer)
+                ladder.step(stage, tensors, kept, hidden, fitted)
+            if stage.name == "module":
+                for trace in kept:
+                    ladder.finish(stage, tensors, trace)
+            hidden = {t.batch: t.values[0.0][stage.output] for t in kept}
+
+    def _shown(self, passes: Iterator[Any]) -> Iterator[Any]:
+        for entry in passes:
+            yield entry
+            stage = entry[0]
+            step(
+                self.bar,
+                f"block {stage.layer}" if stage.name == "block" else "full pass",
+            )
+
+    def _subject(
+        self, cut: StagedModel, parameters: int, width: int | None, few: int
+    ) -> Subject:
+        settings = self.settings
+        return Subject(
+            model=f"{type(self.model).__name__}",
+            num_parameters=parameters,
+            num_layers=cut.num_layers,
+            d_model=width,
+            update=self.update.source,
+            update_norm=self.update.norm(),
+            update_relative_norm=self.update.relative_norm(self.model),
+            update_names=len(self.update.deltas),
+            inputs=self.kind,
+            sequences=sum(b.sequences for b in self.batches),
+            tokens=sum(b.tokens for b in self.batches),
+            held_out_sequences=sum(b.sequences for b in self.batches if b.held_out),
+            calculus_tokens=few,
+            seed=settings.seed,
+            at=settings.at,
+            target=settings.target,
+            rank=settings.rank,
+            max_remainder=settings.max_remainder,
+            tolerance=TOLERANCE,
+            versions=_versions(),
+        )
+
+
+def _width(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return getattr(config, "hidden_size", None)
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    names = ("equiv", "torch", "transformers", "peft")
+    found = []
+    for name in names:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+def progress_bar(show: bool) -> Any:
+    """A progress bar on standard error; the full pass adds a step per stage."""
+    from tqdm import tqdm
+
+    layout = "{desc:<28} {bar:30} {n_fmt:>3}/{total_fmt} {elapsed}"
+    return tqdm(total=3, disable=not show, bar_format=layout, desc="equiv check")
+
+
+def step(bar: Any, done: str) -> None:
+    """Show what is done now."""
+    bar.set_description(f"equiv check: {done}", refresh=False)
+    bar.update()
