@@ -22,6 +22,13 @@ from equiv.errors import SiteError as SiteError
 from equiv.errors import UnsupportedModelError as UnsupportedModelError
 from equiv.errors import UpdateError as UpdateError
 from equiv.errors import UpdateMismatchError as UpdateMismatchError
+from equiv.gate.comparing import assert_same as assert_same
+from equiv.gate.comparing import compare as compare
+from equiv.gate.diagnosing import diagnose as diagnose
+from equiv.gate.endpoint import Completions as Completions
+from equiv.gate.sides import TopK as TopK
+from equiv.gate.values import Agreement as Agreement
+from equiv.gate.values import Diagnosis as Diagnosis
 from equiv.report.report import Report as Report
 from equiv.shift.activations import Shift as Shift
 from equiv.shift.activations import shifts as shifts

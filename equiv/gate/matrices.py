@@ -1,0 +1,176 @@
+"""Weights against weights, element by element, to the rounding of their dtype."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from equiv.gate.faults import faults, layer_of
+from equiv.gate.rounding import half_ulp, weight_bound
+from equiv.gate.sides import Side
+from equiv.gate.values import WeightDifference
+
+# A fault explains a matrix when it leaves at most this share of the wrong entries.
+EXPLAINED = 0.01
+# Entries may each lie within their bound and yet all lean one way. In a right merge the
+# leanings are rounding errors of random sign: their sum is beyond this many standard
+# errors in one of a billion matrices.
+LEANING = 6.0
+
+
+def different(
+    actual: Side,
+    expected: Side,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> tuple[list[WeightDifference], int]:
+    """The matrices that differ, worst first, and how many were compared.
+
+    Args:
+        actual: A side with weights.
+        expected: A side with weights.
+        rtol: Relative tolerance; `None`: from rounding, unless `atol` is given.
+        atol: Absolute tolerance; likewise.
+    """
+    mine, theirs = actual.weights(), expected.weights()
+    found = []
+    names = [name for name in theirs if name in mine]
+    for name in names:
+        if made := _compared(actual, expected, name, rtol, atol):
+            found.append(made)
+    found.sort(key=lambda row: -row.largest / max(row.tolerance, 1e-300))
+    return found, len(names)
+
+
+def _compared(
+    actual: Side, expected: Side, name: str, rtol: float | None, atol: float | None
+) -> WeightDifference | None:
+    value, exact = actual.exact(name), expected.exact(name)
+    value = value.to(exact.device)
+    if value.shape != exact.shape:
+        return WeightDifference(
+            name,
+            layer_of(name),
+            value.numel(),
+            value.numel(),
+            math.inf,
+            (),
+            0.0,
+            f"of shape {tuple(value.shape)}, expected {tuple(exact.shape)}",
+        )
+    bound = tolerance(actual, expected, name, exact, rtol, atol)
+    apart = (value - exact).abs()
+    wrong = ~(apart <= bound)  # also where it is NaN
+    count = int(wrong.sum())
+    by_average = ""
+    if not count and rtol is None and atol is None:
+        share, _, errors = leaning(actual, expected, name)
+        if abs(errors) > LEANING:
+            by_average = (
+                f"applied times {share:.3g}, by the average of all entries "
+                f"({abs(errors):.0f} standard errors)"
+            )
+    if not count and not by_average:
+        return None
+    worst = int((apart / bound.clamp_min(1e-300)).nan_to_num(math.inf).argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape))
+    return WeightDifference(
+        name=name,
+        layer=layer_of(name),
+        entries=exact.numel(),
+        wrong=count,
+        largest=float(apart.flatten()[worst]),
+        where=where,
+        tolerance=float(bound.flatten()[worst]),
+        looks_like=by_average or story(actual, expected, name, value, count),
+    )
+
+
+def leaning(actual: Side, expected: Side, name: str) -> tuple[float, float, float]:
+    """How far all entries lean along ΔW together.
+
+    With R the right merge as stored, Σ (actual − R) ΔW is a sum of rounding errors of
+    random sign in a right merge.
+
+    Returns:
+        (share of ΔW that was applied, its standard error, the sum in standard errors).
+    """
+    delta = expected.delta(name)
+    if delta is None:
+        return 1.0, 0.0, 0.0
+    right, value = expected.exact(name), actual.exact(name)
+    if actual.update is None:
+        right = right.to(actual.weights()[name].dtype).double()
+    delta, value = delta.to(right.device), value.to(right.device)
+    along = (value - right) * delta
+    spread = float(along.square().sum()) ** 0.5
+    size = float(((right - expected.weights()[name].double()) * delta).sum())
+    if not size:
+        return 1.0, math.inf, 0.0
+    total = float(along.sum())
+    return 1 + total / size, spread / size, total / spread if spread else 0.0
+
+
+def tolerance(
+    actual: Side,
+    expected: Side,
+    name: str,
+    exact: Tensor,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Tensor:
+    """Largest difference allowed, element by element."""
+    if rtol is not None or atol is not None:
+        return (rtol or 0.0) * exact.abs() + (atol or 0.0)
+    dtype = actual.weights()[name].dtype
+    if actual.update is None:
+        bound = weight_bound(exact, expected.delta(name), dtype)
+    else:  # nothing was stored: both are sums in float64
+        bound = half_ulp(exact, torch.float64) * 4
+    if expected.update is None and expected.weights()[name].dtype != torch.float64:
+        # What is expected was stored too, rounded once itself.
+        bound = bound + half_ulp(exact, expected.weights()[name].dtype)
+    return bound
+
+
+def story(actual: Side, expected: Side, name: str, value: Tensor, count: int) -> str:
+    """What a wrong matrix looks like, by the fault that explains it best."""
+    dtype = actual.weights()[name].dtype
+    best, left = "", count
+    for fault in faults(expected, name):
+        made = fault.weight.to(value.device)
+        bound = weight_bound(made, fault.update, dtype)
+        wrong = int((~((value - made).abs() <= bound)).sum())
+        if wrong < left:
+            best, left = fault.story, wrong
+    if best and left <= EXPLAINED * count:
+        return best
+    scaled = _scale(expected, name, value, dtype, count)
+    return scaled or "changed in another way"
+
+
+def _scale(
+    expected: Side, name: str, value: Tensor, dtype: torch.dtype, count: int
+) -> str:
+    """A constant factor on the update, or on the whole matrix."""
+    weight, delta = expected.weights()[name].double(), expected.delta(name)
+    start = torch.zeros_like(weight) if delta is None else weight
+    along = weight if delta is None else delta.to(weight.device)
+    size = float(along.square().sum())
+    if not size:
+        return ""
+    factor = float(((value - start) * along).sum()) / size
+    made = start + factor * along
+    # The factor itself is only as good as the rounding it was read from.
+    bound = 2 * weight_bound(made, factor * along, dtype)
+    wrong = int((~((value - made).abs() <= bound)).sum())
+    if wrong > EXPLAINED * count:
+        return ""
+    return f"{'the matrix' if delta is None else 'applied'} times {factor:.4g}"
+
+
+def missing(actual: Side, expected: Side) -> tuple[Sequence[str], Sequence[str]]:
+    """Parameters that only one side has; tied ones count under every name."""
+    mine, theirs = actual.weights().keys(), expected.weights().keys()
+    return sorted(mine - theirs), sorted(theirs - mine)

@@ -1,0 +1,145 @@
+"""What stands on either side of a comparison: weights, a way to get outputs, both."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equiv.errors import ArgumentError
+from equiv.model.guard import check_model
+from equiv.model.loading import load_saved
+from equiv.model.sites import SiteKey
+from equiv.steering.forms import Steering
+from equiv.update.low_rank import LowRank
+from equiv.update.sources import is_peft, resolve
+from equiv.update.update import Update
+
+# Token ids [batch, seq] → logits [batch, seq, vocab], or `TopK`.
+Ask = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Log-probabilities of the next token, of the likeliest tokens only.
+
+    Attributes:
+        ids: Token ids, integer [batch, seq, k].
+        log_probs: Their natural log-probabilities, [batch, seq, k].
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side. `model` is what runs; a side that only answers has none.
+
+    Attributes:
+        name: For messages.
+        model: The module whose weights are compared, or that is run.
+        update: Added to the model's weights, in float64; it fits the model.
+        steering: Added to the model's activations.
+        ask: Token ids → outputs, for a side without weights.
+    """
+
+    name: str
+    model: nn.Module | None = None
+    update: Update | None = None
+    steering: Mapping[SiteKey, Steering] | None = None
+    ask: Ask | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to be compared."""
+        return self.model is not None and self.steering is None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The coarsest dtype in which its weights are stored."""
+        if self.model is None:
+            return None
+        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by name, tied ones under each of their names, without updates."""
+        assert self.model is not None
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: parameter.detach() for name, parameter in named}
+
+    def delta(self, name: str) -> Tensor | None:
+        """ΔW of one parameter in float64; `None` where nothing is added."""
+        if self.update is None:
+            return None
+        found = self.update.deltas.get(self._first_name(name))
+        if found is None:
+            return None
+        return found.dense() if isinstance(found, LowRank) else found.double()
+
+    def exact(self, name: str) -> Tensor:
+        """W + ΔW of one parameter, in float64."""
+        weight, delta = self.weights()[name].double(), self.delta(name)
+        return weight if delta is None else weight + delta.to(weight.device)
+
+    def _first_name(self, name: str) -> str:
+        """The name under which a tied weight stands in an update."""
+        assert self.model is not None
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return next(n for n, weight in named.items() if weight is named[name])
+
+
+def as_side(value: object, role: str) -> Side:
+    """Whatever a caller has that stands for a model.
+
+    Args:
+        value: A model, a directory or hub id, `(model, update)`, `(model, steering)`,
+            or a function from token ids to logits or `TopK`.
+        role: "actual" or "expected", for messages.
+
+    Raises:
+        ArgumentError: If it is none of these.
+        EquivError: If a model or update cannot be read or used.
+    """
+    if isinstance(value, (str, Path)):
+        return Side(str(value), model=load_saved(str(value)))
+    if isinstance(value, tuple) and len(value) == 2:
+        return _pair(value[0], value[1], role)
+    if is_peft(value):
+        adapted: Any = value
+        return Side(
+            f"a {type(adapted.get_base_model()).__name__} with an adapter",
+            ask=lambda ids: adapted(input_ids=ids, use_cache=False).logits,
+        )
+    if isinstance(value, nn.Module):
+        check_model(value)
+        return Side(type(value).__name__, model=value)
+    if callable(value):
+        return Side(getattr(value, "__name__", type(value).__name__), ask=value)
+    raise ArgumentError(
+        f"Expected `{role}` to be a model, a directory, (model, update), (model, "
+        f"steering) or a function from token ids to logits, got {type(value).__name__}."
+    )
+
+
+def _pair(model: object, second: object, role: str) -> Side:
+    if isinstance(model, (str, Path)):
+        model = load_saved(str(model))
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"Expected the first of the pair `{role}` to be a model or a directory, "
+            f"got {type(model).__name__}."
+        )
+    check_model(model)
+    name = type(model).__name__
+    if isinstance(second, Mapping) and second and _is_steering(second):
+        return Side(f"{name} with steering", model=model, steering=second)
+    update = resolve(model, second)
+    return Side(f"{name} + {update.source}", model=model, update=update)
+
+
+def _is_steering(entries: Mapping[Any, Any]) -> bool:
+    return all(isinstance(key, tuple) and len(key) == 2 for key in entries)
