@@ -216,6 +216,10 @@ def test_pictures_name_their_layers() -> None:
     (figure_legend,) = plot.taylor(reports()["part"]).legends
     named = [text.get_text() for text in figure_legend.get_texts()]
     assert named == ["from the base", "layer 1"]
+    drawn = [
+        line for axes in plot.taylor(reports()["part"]).axes for line in axes.lines
+    ]
+    assert {line.get_linestyle() for line in drawn} == {"-", ":"}
     for name in NAMES:
         for axes in plot.heat_map(reports()[name]).axes:
             assert axes.get_ylabel() == ("site" if name in PLAIN else "layer")

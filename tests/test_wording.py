@@ -13,6 +13,7 @@ from equiv.report.grid import Grid
 from equiv.report.meaning import meaning
 from equiv.report.naming import place
 from equiv.report.numbers import percent
+from equiv.report.prose import Prose
 from equiv.report.remainders import share_missed
 from equiv.report.report import Report
 from equiv.report.text import rendered
@@ -86,6 +87,13 @@ def test_a_table_goes_on_below_and_folds_only_when_it_must() -> None:
     assert all("0.123456" in shown[w] and "12345678" in shown[w] for w in (40, 22))
     digits = "".join(c for c in shown[12] if c.isdigit())
     assert digits.replace("0", "") == "12345612345678"
+
+
+def test_a_word_wider_than_the_console_is_broken_and_not_cut() -> None:
+    console = Console(width=10)
+    with console.capture() as captured:
+        console.print(Prose("of /a/path/longer/than/that"))
+    assert "".join(captured.get().split()) == "of/a/path/longer/than/that"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -174,6 +182,7 @@ def test_few_sequences_are_counted_in_the_headline() -> None:
     [
         (0.4, 0.9, "price of the form"),
         (0.4, 0.4, "not the form of the steering that sets the limit"),
+        (0.4, 0.4001, "no more than what was fitted"),  # 40 % as it is printed
         (0.4, 0.3, "no more than what was fitted"),
         (0.4, -0.8, "recovers −80 %, no more than what was fitted"),
         (0.0, 0.9, "not by the forms that were fitted"),
@@ -187,7 +196,7 @@ def test_the_oracle_is_compared_with_what_was_fitted(
     report = with_recovered(reports()["llama"], {**rungs, "exact oracle": oracle})
     *_, before, last = meaning(report)
     assert says in last
-    assert ("price" in last) == (0 < fitted < oracle)
+    assert ("price" in last) == (0 < fitted < oracle - 0.001)
     assert ("No steering that was fitted helps" in before) == (fitted == 0)
 
 

@@ -43,10 +43,7 @@ class Prose:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> RenderResult:
-        """Lines that end in no space; breaks in the text are kept.
-
-        A word wider than the console is broken: rich would cut it off.
-        """
+        """Lines that end in no space; breaks in the text are kept."""
         width = min(options.max_width, WIDEST)
         lines = [
             wrapped
@@ -63,6 +60,6 @@ def _wrapped(line: str, width: int, indent: str) -> list[str]:
         width,
         initial_indent=inner,
         subsequent_indent=inner,
-        break_long_words=True,
+        break_long_words=False,
         break_on_hyphens=False,
     ) or [""]
