@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from equiv.behaviour.distance import Distances
-from equiv.model.sites import LOGITS
-from equiv.model.stages import Stage, StagedModel, Steer
+from equiv.model.sites import LOGITS, Steer
+from equiv.model.stages import Stage, StagedModel
 from equiv.shift.propagate import Trace
 from equiv.steering.chain import Chain, Spec, Stream, aim
 from equiv.steering.fits import Moments, Regression

@@ -19,6 +19,13 @@ from torch.nn.functional import embedding, linear
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
+class UnusedFactorsError(Exception):
+    """Low-rank factors whose weight was not used by a plain call of its module."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+
 def takes_factors(module: nn.Module) -> bool:
     """Whether a low-rank update can be applied beside this module's weight.
 

@@ -15,7 +15,7 @@ A module without blocks has one layer, 0, whose sites are its submodules' output
 name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
@@ -28,6 +28,8 @@ OUTPUT = "output"
 EMBED = "embed"  # the first block's input; part of the engine, not a site to steer
 
 SiteKey = tuple[int, str]
+Sites = dict[str, Tensor]  # site → activation
+Steer = Mapping[str, Callable[[Tensor], Tensor]]  # site → what is added, of it
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,14 @@ def is_activation(output: object) -> TypeGuard[Tensor]:
         and output.is_floating_point()
         and output.ndim >= 2
     )
+
+
+def model_output(output: object) -> Tensor:
+    """Logits, else the last hidden state, else the (first) tensor."""
+    for name in (LOGITS, "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    return first_tensor(output)

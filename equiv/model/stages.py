@@ -12,10 +12,9 @@ dtype; `low` maps weight names to factors (left, right) of an update that is app
 beside its weight, never as a dense matrix: W x + t · left (right x).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,10 @@ from torch.func import functional_call
 
 from equiv.errors import EquivError, InputsError, SiteError, UnsupportedModelError
 from equiv.model.batches import POSITIONAL, Batch
-from equiv.model.factors import Factors, forward_with_factors
+from equiv.model.factors import Factors
 from equiv.model.families import Blocks, find_blocks
 from equiv.model.guard import kept
+from equiv.model.hooks import Hooks, outputs_of
 from equiv.model.precision import arithmetic
 from equiv.model.sites import (
     EMBED,
@@ -33,28 +33,12 @@ from equiv.model.sites import (
     OUTPUT,
     SITES,
     Place,
+    Sites,
+    Steer,
     first_tensor,
-    is_activation,
-    with_first,
+    model_output,
 )
-
-Steer = Mapping[str, Callable[[Tensor], Tensor]]
-Sites = dict[str, Tensor]
-Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # block → how it is called
-
-
-class _ReachedBlocks(Exception):
-    """Raised by the last stub: what follows the blocks need not be computed."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
-class UnusedFactorsError(Exception):
-    """Low-rank factors whose weight was not used by a plain call of its module."""
-
-    def __init__(self, names: set[str]) -> None:
-        self.names = names
+from equiv.model.stubs import Calls, ReachedBlocks, replaced_forward, stubs
 
 
 @dataclass(frozen=True)
@@ -76,18 +60,6 @@ class Stage:
     output: str
 
 
-@dataclass
-class _Active:
-    """What the hooks do during one run of a stage."""
-
-    seen: Sites = field(default_factory=dict)
-    steer: Steer = field(default_factory=dict)
-    low: Factors = field(default_factory=dict)
-    scale: Tensor | float = 0.0
-    at: float = 0.0
-    applied: set[str] = field(default_factory=set)
-
-
 class StagedModel:
     """A model cut into stages for a fixed list of batches; use `staged(...)`."""
 
@@ -104,9 +76,8 @@ class StagedModel:
         self.calls: list[Calls] = []
         self.stages: list[Stage] = []
         self.output_site = OUTPUT  # or LOGITS, once cut
-        self._active = _Active()
+        self._hooks = Hooks()
         self._modules = dict(model.named_modules())
-        self._owner: dict[nn.Module, str] = {}
 
     @property
     def num_layers(self) -> int:
@@ -167,7 +138,7 @@ class StagedModel:
         Returns:
             The stage's output and the activations at its sites, before steering.
         """
-        self._active = _Active({}, steer or {}, low or {}, scale, at)
+        self._hooks.begin(steer or {}, low or {}, scale, at)
         if stage.name == "block":
             output = self._run_block(stage, tensors, hidden, batch)
         elif stage.name == "embed":
@@ -176,11 +147,9 @@ class StagedModel:
             assert hidden is not None
             output = self._run_head(tensors, hidden, batch)
         else:
-            output = _model_output(self._forward(tensors, batch))
-        unused = set(self._active.low) - self._active.applied
-        if unused:
-            raise UnusedFactorsError(unused)
-        seen = {site: self._active.seen[site] for site in stage.sites}
+            output = model_output(self._forward(tensors, batch))
+        self._hooks.check_applied()
+        seen = {site: self._hooks.seen[site] for site in stage.sites}
         return output, {**seen, stage.output: output} if stage.name != "block" else seen
 
     def _run_block(
@@ -203,10 +172,11 @@ class StagedModel:
         batch: int,
         record: Calls | None = None,
     ) -> Tensor:
-        with self._stubs(record, enter=None):
+        assert self.blocks is not None
+        with stubs(self.blocks, record):
             try:
                 self._forward(tensors, batch)
-            except _ReachedBlocks as reached:
+            except ReachedBlocks as reached:
                 return reached.hidden
         raise UnsupportedModelError(
             f"{type(self.model).__name__} does not run its blocks in `forward`."
@@ -215,8 +185,9 @@ class StagedModel:
     def _run_head(
         self, tensors: Mapping[str, Tensor], hidden: Tensor, batch: int
     ) -> Tensor:
-        with self._stubs(None, enter=hidden):
-            return _model_output(self._forward(tensors, batch))
+        assert self.blocks is not None
+        with stubs(self.blocks, enter=hidden):
+            return model_output(self._forward(tensors, batch))
 
     def _forward(self, tensors: Mapping[str, Tensor], batch: int) -> object:
         arguments = {
@@ -229,37 +200,6 @@ class StagedModel:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
-
-    @contextmanager
-    def _stubs(
-        self,
-        record: Calls | None,
-        enter: Tensor | None,
-    ) -> Iterator[None]:
-        """Blocks that hand the hidden state on.
-
-        With `enter` the last block returns it and the head runs; without, the last
-        block ends the run.
-        """
-        assert self.blocks is not None
-        last = len(self.blocks.modules) - 1
-
-        def stub(index: int) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                if record is not None:
-                    record[index] = (args, kwargs)
-                if index < last:
-                    return hidden_states
-                if enter is None:
-                    raise _ReachedBlocks(hidden_states)
-                return enter
-
-            return forward
-
-        with ExitStack() as stack:
-            for index, block in enumerate(self.blocks.modules):
-                stack.enter_context(_replaced_forward(block, stub(index)))
-            yield
 
     def cut(self, sites: Sequence[str] | None) -> None:
         """Make the stages; run the embedding of every batch to see the blocks' calls.
@@ -280,7 +220,7 @@ class StagedModel:
         for batch in range(len(self.batches)):
             self.calls.append({})
             hidden = self._run_embed(tensors, batch, record=self.calls[batch])
-        with self._stubs(None, hidden):
+        with stubs(self.blocks, enter=hidden):
             output = self._forward(tensors, len(self.batches) - 1)
         self.output_site = LOGITS if hasattr(output, LOGITS) else OUTPUT
         self.stages = [
@@ -293,7 +233,10 @@ class StagedModel:
         return tuple(name for name in self.tensors_of_model if name.startswith(prefix))
 
     def _cut_module(self, sites: Sequence[str] | None) -> None:
-        outputs, distinct = self._module_outputs()
+        tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
+        outputs, distinct = outputs_of(
+            self._modules, lambda: model_output(self._forward(tensors, 0))
+        )
         if unknown := [site for site in sites or () if site not in outputs]:
             raise SiteError(
                 f"Expected sites among {', '.join(outputs) or 'none'} (submodules that "
@@ -305,38 +248,6 @@ class StagedModel:
         self.output_site = OUTPUT if OUTPUT not in self._modules else f"model {OUTPUT}"
         self.stages = [Stage("module", 0, names, chosen, self.output_site)]
 
-    def _module_outputs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Submodules that are called once and return an activation; the distinct ones.
-
-        Some hand on what they got (dropout, identity), or what becomes the model's
-        output; tensors changed in place since then are other activations.
-        """
-        calls: dict[str, list[tuple[object, int]]] = {}
-
-        def hook_of(name: str) -> Callable[..., None]:
-            return lambda _m, _a, out: calls.setdefault(name, []).append(
-                (out, _version(out))
-            )
-
-        with ExitStack() as stack:
-            for name, module in self._modules.items():
-                if name:
-                    handle = module.register_forward_hook(hook_of(name))
-                    stack.callback(handle.remove)
-            tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
-            final = _model_output(self._forward(tensors, 0))
-        once = {
-            name: (id(found[0][0]), found[0][1])
-            for name, found in calls.items()
-            if len(found) == 1 and is_activation(found[0][0])
-        }
-        seen, distinct = {(id(final), _version(final))}, []
-        for name, identity in once.items():
-            if identity not in seen:
-                seen.add(identity)
-                distinct.append(name)
-        return tuple(once), tuple(distinct)
-
     def place(self, layer: int, site: str) -> Place:
         """Where a site is in the modules."""
         if self.blocks is not None:
@@ -346,54 +257,18 @@ class StagedModel:
     @contextmanager
     def ready(self, low_names: Sequence[str]) -> Iterator[None]:
         """Make stages runnable: the arithmetic, and hooks for sites and factors."""
+        in_place = self.blocks is None  # a ReLU(inplace=True) may come next
         with arithmetic(self.dtype), ExitStack() as stack:
             for name in low_names:
                 module = self._modules[name.rpartition(".")[0]]
-                beside = self._forward_beside(name, module)
-                stack.enter_context(_replaced_forward(module, beside))
+                beside = self._hooks.beside(name, module)
+                stack.enter_context(replaced_forward(module, beside))
             for stage in self.stages:
                 for site in stage.sites:
                     place = self.place(stage.layer, site)
-                    stack.callback(self._site_hook(place, site).remove)
+                    handle = self._hooks.on_site(place, site, in_place=in_place)
+                    stack.callback(handle.remove)
             yield
-
-    def _site_hook(self, place: Place, site: str) -> Any:
-        in_place = self.blocks is None  # a ReLU(inplace=True) may come next
-
-        def at(activation: Tensor) -> Tensor:
-            self._active.seen[site] = activation.clone() if in_place else activation
-            steer = self._active.steer.get(site)
-            return activation if steer is None else activation + steer(activation)
-
-        if place.side == "output":
-            return place.module.register_forward_hook(
-                lambda _m, _a, out: with_first(out, at(first_tensor(out)))
-            )
-
-        def before(
-            _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (at(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": at(kwargs["hidden_states"])}
-
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def _forward_beside(self, name: str, module: nn.Module) -> Callable[..., Any]:
-        """The module's forward; with the update beside its weight when there is one."""
-        plain = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            active = self._active
-            if name not in active.low:
-                return plain(*args, **kwargs)
-            active.applied.add(name)
-            beside = forward_with_factors(
-                module, active.low[name], active.scale, active.at
-            )
-            return beside(*args, **kwargs)
-
-        return forward
 
 
 def _described(batch: Batch) -> str:
@@ -403,11 +278,6 @@ def _described(batch: Batch) -> str:
         for name, value in batch.arguments.items()
         if isinstance(value, Tensor)
     )
-
-
-def _version(output: object) -> int:
-    """How often a tensor has been changed in place."""
-    return output._version if isinstance(output, Tensor) else 0
 
 
 @contextmanager
@@ -456,29 +326,3 @@ def prepared(
                 f"({_described(batches[0])}): {str(error).rstrip('.')}."
             ) from error
     return cut
-
-
-@contextmanager
-def _replaced_forward(
-    module: nn.Module, forward: Callable[..., Tensor]
-) -> Iterator[None]:
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
-def _model_output(output: object) -> Tensor:
-    """Logits, else the last hidden state, else the (first) tensor."""
-    for name in (LOGITS, "last_hidden_state"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    return first_tensor(output)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from equiv.model.stages import Sites, Stage, StagedModel
+from equiv.model.sites import Sites
+from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import Square, counted
 from equiv.shift.propagate import Point, Trace, propagate
 from equiv.shift.results import Order, Scope, TaylorPoint

@@ -33,13 +33,9 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from equiv.errors import ForwardModeError
-from equiv.model.factors import takes_factors
-from equiv.model.stages import (
-    Sites,
-    Stage,
-    StagedModel,
-    UnusedFactorsError,
-)
+from equiv.model.factors import UnusedFactorsError, takes_factors
+from equiv.model.sites import Sites
+from equiv.model.stages import Stage, StagedModel
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from equiv.errors import UpdateError
-from equiv.model.stages import Sites
+from equiv.model.sites import Sites
 from equiv.shift.calculus import RowKey, Selection, scopes
 from equiv.shift.measures import Comparison, Square, counted, ratio
 from equiv.shift.propagate import Trace

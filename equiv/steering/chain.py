@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from equiv.errors import ArgumentError
-from equiv.model.sites import SiteKey
-from equiv.model.stages import Sites, Stage, StagedModel, Steer
+from equiv.model.sites import SiteKey, Sites, Steer
+from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
 from equiv.shift.propagate import Trace
 from equiv.steering.fits import RIDGE, Moments, Regression
