@@ -1,5 +1,7 @@
 """The commands themselves, as typer sees them."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,15 +23,21 @@ app = typer.Typer(
 
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the report as JSON."),
+    typer.Option("--json", metavar="FILE", help="Write what was found as JSON."),
 ]
 HtmlFile = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Write the report as one HTML page."),
+    typer.Option(
+        "--html", metavar="FILE", help="Write what was found as one HTML page."
+    ),
 ]
 _STATUS = (
     "Exit status: 0 when what was asked for is met, 1 when it is not met or could not "
     "be decided, 2 for wrong usage or data, 3 for an internal error."
+)
+_SAME_STATUS = (
+    "Exit status: 0 when the two are the same, 1 when they are not, 2 for wrong usage "
+    "or data, 3 for an internal error."
 )
 
 
@@ -103,6 +111,73 @@ def check(
     raise typer.Exit(_status(report, min_recovered))
 
 
+@app.command(epilog=_SAME_STATUS)
+def compare(
+    expected: Annotated[
+        str, typer.Argument(help="What it has to be: a model, path or hub id.")
+    ],
+    actual: Annotated[
+        str,
+        typer.Argument(
+            help="What is tested: a model, path or hub id, or a completions endpoint "
+            "as URL#MODEL, such as http://127.0.0.1:8000/v1#mine."
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --update: say also which part of an update of this model "
+            "ACTUAL really got. The exit status does not depend on it.",
+        ),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UPDATE",
+            help="The update of --base, as for `equiv check`.",
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts to compare outputs on, for the tokenizer beside EXPECTED: one "
+            "per line, or JSONL with a `text` (or `question`) field. Without it, two "
+            "models are compared by their weights alone, an endpoint on random token "
+            "ids.",
+        ),
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative tolerance. Without it, what rounding explains is tolerated."
+        ),
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(help="Absolute tolerance, beside --rtol.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Use at most this many texts, the first ones.")
+    ] = 512,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """Tell whether one model is another, to rounding, and if not, what differs."""
+    from equiv.cli.compare import compared, show
+    from equiv.gate.files import write_json
+    from equiv.gate.html import write_html
+
+    _check_outputs(json, html)
+    agreement, diagnosis = compared(
+        expected, actual, base, update, inputs, limit, rtol, atol
+    )
+    show(agreement, diagnosis)
+    both = {"agreement": agreement, "diagnosis": diagnosis}
+    _write(json, partial(write_json, **both), html, partial(write_html, **both))
+    raise typer.Exit(0 if agreement.same else 1)
+
+
 @app.command()
 def demo(json: JsonFile = None, html: HtmlFile = None) -> None:
     """Measure a small shipped Llama and two real fine-tunes of it, full and LoRA."""
@@ -110,7 +185,7 @@ def demo(json: JsonFile = None, html: HtmlFile = None) -> None:
 
     _check_outputs(json, html)
     report = run()
-    _write(report, json, html)
+    _write(json, report.to_json, html, report.to_html)
 
 
 def _check_outputs(*paths: Path | None) -> None:
@@ -145,11 +220,16 @@ def _show(report: "Report", json: Path | None, html: Path | None) -> None:
 
     console = Console(highlight=False)
     console.print(rendered(report), width=max(WIDTH, min(console.width, 100)))
-    _write(report, json, html)
+    _write(json, report.to_json, html, report.to_html)
 
 
-def _write(report: "Report", json: Path | None, html: Path | None) -> None:
-    for path, write in ((json, report.to_json), (html, report.to_html)):
+def _write(
+    json: Path | None,
+    as_json: Callable[[Path], None],
+    html: Path | None,
+    as_html: Callable[[Path], None],
+) -> None:
+    for path, write in ((json, as_json), (html, as_html)):
         if path is None:
             continue
         try:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 FORMAT = 1  # 1: first format
 
@@ -88,6 +89,29 @@ class Agreement:
 
         return reason(self)
 
+    def to_json(self, path: str | Path) -> None:
+        """Write it as JSON; the file is whole or absent."""
+        from equiv.gate.files import write_json
+
+        write_json(Path(path), agreement=self)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Agreement":
+        """Read it back, equal to the one written.
+
+        Raises:
+            FileFormatError: If the file is missing or damaged, or holds none.
+        """
+        from equiv.gate.files import read_json
+
+        return read_json(cls, Path(path))
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained page; the file is whole or absent."""
+        from equiv.gate.html import write_html
+
+        write_html(Path(path), agreement=self)
+
     def __str__(self) -> str:
         from equiv.gate.wording import agreement_text
 
@@ -158,6 +182,29 @@ class Diagnosis:
         """Whether every part of the update was applied, as far as can be told."""
         told = [s for s in (*self.layers, *self.kinds) if s.coefficient is not None]
         return bool(told) and all(s.fate is Fate.APPLIED for s in told)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write it as JSON; the file is whole or absent."""
+        from equiv.gate.files import write_json
+
+        write_json(Path(path), diagnosis=self)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Diagnosis":
+        """Read it back, equal to the one written.
+
+        Raises:
+            FileFormatError: If the file is missing or damaged, or holds none.
+        """
+        from equiv.gate.files import read_json
+
+        return read_json(cls, Path(path))
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained page; the file is whole or absent."""
+        from equiv.gate.html import write_html
+
+        write_html(Path(path), diagnosis=self)
 
     def __str__(self) -> str:
         from equiv.gate.wording import diagnosis_text

@@ -9,12 +9,14 @@ import types
 import typing
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from equiv.errors import ArgumentError, FileFormatError
 
 if TYPE_CHECKING:
     from equiv.report.report import Report
+
+T = TypeVar("T")
 
 # JSON has no numbers for these.
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -39,9 +41,14 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def write_fields(content: object, path: Path) -> None:
+    """Write what `encoded` can turn into JSON; the file is whole or absent."""
+    write_text(path, json.dumps(encoded(content), indent=1, allow_nan=False))
+
+
 def write_json(report: "Report", path: Path) -> None:
     """Write a report as JSON."""
-    write_text(path, json.dumps(_encoded(report.to_dict()), indent=1, allow_nan=False))
+    write_fields(report.to_dict(), path)
 
 
 def read_json(path: Path) -> "Report":
@@ -52,50 +59,91 @@ def read_json(path: Path) -> "Report":
     """
     from equiv.report.report import FORMAT, Report
 
+    content = read_format(path, "report", FORMAT)
+    content.pop("answer", None)
+    return whole(Report, content, path, "report")
+
+
+def read_format(path: Path, what: str, number: int) -> dict[str, Any]:
+    """The fields of a JSON file that says its format.
+
+    Args:
+        path: The file.
+        what: What the file should hold, for messages.
+        number: The format that is read.
+
+    Raises:
+        FileFormatError: If the file is missing, not JSON, or of another format.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileFormatError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise FileFormatError(f"Cannot read {path}: {error.strerror}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileFormatError(f"{path} is not JSON: {error}.") from None
     if not isinstance(content, dict) or "format" not in content:
-        raise FileFormatError(f"{path} is not a report: it has no `format`.")
-    if content["format"] != FORMAT:
+        raise FileFormatError(f"{path} is not a {what}: it has no `format`.")
+    if content["format"] != number:
         raise FileFormatError(
-            f"{path} has report format {content['format']!r}; this version reads "
-            f"format {FORMAT}."
+            f"{path} has {what} format {content['format']!r}; this version reads "
+            f"format {number}."
         )
-    content.pop("answer", None)
+    return content
+
+
+def whole(kind: type[T], content: Any, path: Path, what: str) -> T:
+    """A frozen dataclass from the fields that a file holds.
+
+    Raises:
+        FileFormatError: If fields are missing, unknown or of other types.
+    """
     try:
-        return _decoded(Report, content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path} is not a whole report: {error}.") from None
+        return decoded(kind, content)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FileFormatError(f"{path} is not a whole {what}: {error}.") from None
 
 
-def _encoded(value: Any) -> Any:
+def encoded(value: Any) -> Any:
+    """A value as JSON can hold it: no NaN, no infinity, no tuples, no enums.
+
+    Example:
+        >>> encoded({"radius": (0.5, math.inf)})
+        {'radius': [0.5, 'Infinity']}
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: _encoded(entry) for key, entry in value.items()}
+        return {key: encoded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encoded(entry) for entry in value]
+        return [encoded(entry) for entry in value]
     return value.value if isinstance(value, Enum) else value
 
 
-def _decoded(kind: Any, value: Any) -> Any:
-    """A value of the annotated type from what JSON holds."""
+def decoded(kind: Any, value: Any) -> Any:
+    """A value of the annotated type from what JSON holds.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If it is none of an enum's, or a tuple of another length.
+
+    Example:
+        >>> decoded(tuple[float, ...], [0.5, "Infinity"])
+        (0.5, inf)
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _decoded(next(a for a in args if a is not types.NoneType), value)
+        return decoded(next(a for a in args if a is not types.NoneType), value)
     if dataclasses.is_dataclass(kind):
         return _decoded_fields(kind, value)
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"expected a list, got {value!r}")
         each = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_decoded(k, v) for k, v in zip(each, value, strict=True))
+        return tuple(decoded(k, v) for k, v in zip(each, value, strict=True))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
     return _decoded_plain(kind, value)
@@ -112,7 +160,7 @@ def _decoded_fields(kind: Any, value: Any) -> Any:
     }
     if missing := sorted(required - value.keys()):
         raise TypeError(f"{kind.__name__} lacks {missing[0]!r}")
-    return kind(**{name: _decoded(hints[name], entry) for name, entry in value.items()})
+    return kind(**{name: decoded(hints[name], entry) for name, entry in value.items()})
 
 
 def _decoded_plain(kind: Any, value: Any) -> Any:
