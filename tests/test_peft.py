@@ -209,7 +209,7 @@ def test_from_a_directory(tmp_path: Path) -> None:
     assert report.derivative_holds
 
 
-EMBEDDINGS = {"target_modules": ["embed_tokens", "q_proj"]}
+EMBEDDINGS: dict[str, Any] = {"target_modules": ["embed_tokens", "q_proj"]}
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")

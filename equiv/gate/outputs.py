@@ -1,7 +1,8 @@
 """Outputs of a side on rows of token ids, and how far two of them are apart.
 
 Rows are run in groups of one length, so that nothing is padded and a function from
-token ids to outputs needs no mask. Logits are compared less their mean over the
+token ids to outputs needs no mask. Where a model has no logits, its last hidden state
+stands for them. Logits are compared less their mean over the
 vocabulary: a constant added to all of them changes no prediction, and log-probabilities
 are logits less such a constant.
 """
@@ -19,6 +20,7 @@ from equiv.gate.sides import Side, TopK
 from equiv.model.batches import Batch
 from equiv.model.guard import measured
 from equiv.model.precision import arithmetic
+from equiv.model.sites import model_output
 from equiv.steering.apply import steer
 
 
@@ -81,7 +83,7 @@ def _run(
     call = {"input_ids": group.ids.to(_device(model)), "use_cache": False}
     with measured(model), arithmetic(dtype), steer(model, side.steering or {}):
         out: Any = functional_call(model, {**tensors, **buffers}, (), call)
-    return _checked(out.logits, group, side)
+    return _checked(model_output(out), group, side)
 
 
 def answered(side: Side, group: Group) -> Tensor | TopK:
@@ -102,7 +104,7 @@ def answered(side: Side, group: Group) -> Tensor | TopK:
     with measured(model), steer(model, side.steering or {}):
         call = {"input_ids": group.ids.to(_device(model)), "use_cache": False}
         out: Any = model(**call)
-    return _checked(out.logits, group, side)
+    return _checked(model_output(out), group, side)
 
 
 def centred(logits: Tensor) -> Tensor:
