@@ -98,7 +98,7 @@ class StagedModel:
     def notebooks(
         self, stage: Stage, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Buffers that the code around blocks, or a module, may write into.
+        """Buffers that the code around the blocks may write into during a run.
 
         Some rotary embeddings do. `jvp` allows that for its own arguments only, so they
         have to be among these, with a tangent of zero.
@@ -106,7 +106,7 @@ class StagedModel:
         return {
             name: value
             for name, value in tensors.items()
-            if stage.name != "block"
+            if stage.name in ("embed", "head")
             and name not in self.parameters
             and value.is_floating_point()
         }
