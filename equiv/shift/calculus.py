@@ -141,7 +141,7 @@ def curves(
             mask = cut.batches[trace.batch].mask
             for key, values, tangents in scopes(trace, selection):
                 curve = found.setdefault(key, Curve())
-                _add(curve, key[1], values, tangents, mask, scales)
+                _add(curve, key[1], values, tangents, mask, scales, midpoint)
     return found
 
 
@@ -167,6 +167,7 @@ def _add(
     tangents: Mapping[float, Sites],
     mask: Tensor,
     scales: Sequence[float],
+    midpoint: bool,
 ) -> None:
     def at(found: Mapping[float, Sites], scale: float) -> Tensor:
         return counted(found[scale][site], mask)
@@ -190,6 +191,6 @@ def _add(
         shift = at(values, t) - base
         curve.shift.setdefault(t, Square()).add(shift)
         curve.remainder.setdefault(t, Square()).add(shift - t * first)
-        if not tangents or t / 2 in tangents:
+        if midpoint:
             square = curve.remainder_midpoint.setdefault(t, Square())
             square.add(shift - t * slope(t / 2))
