@@ -34,6 +34,9 @@ def test_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
         "model": model,
         "base": model,
         "tuned": tuned,
+        "merged": tuned,
+        "ask": lambda rows: tuned(rows).logits,
+        "update": update,
         "delta_w": update,
         "inputs": ids,
         "batch": {"input_ids": ids},
@@ -42,8 +45,11 @@ def test_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
         names |= {"model": loading.load_base(), "delta_w": loading.LORA}
         names |= {"texts": loading.texts(4), "tokenizer": loading.load_tokenizer()}
     exec(compile(code, str(README), "exec"), names)
-    if "print" in code:
-        assert "first order" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    if "print(report)" in code:
+        assert "first order" in shown
+    if "diagnose" in code:
+        assert "applied in every layer" in shown
 
 
 def test_commands_exist() -> None:
