@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import equiv
+from equiv.demo import loading
 from equiv.gate.rounding import half_ulp, weight_bound
 from equiv.gate.values import Fate
 from equiv.steering.forms import Vector
@@ -411,3 +412,15 @@ def test_models_come_back_untouched() -> None:
     equiv.compare(model, (model, update), IDS)
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_peft_merges_rightly_in_any_dtype(dtype: torch.dtype) -> None:
+    """Its product of factors is summed in float32, and terms of it cancel."""
+    peft = pytest.importorskip("peft")
+    base = loading.load_base().to(dtype)
+    inner = loading.load_base().to(dtype)
+    right = peft.PeftModel.from_pretrained(inner, loading.LORA).merge_and_unload()
+    found = equiv.compare(right, (base, str(loading.LORA)))
+    assert found.same, found.reason
+    assert equiv.diagnose(base, str(loading.LORA), right).applied

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from equiv.gate.faults import faults, layer_of
-from equiv.gate.rounding import half_ulp, weight_bound
+from equiv.gate.rounding import half_ulp, product_error, weight_bound
 from equiv.gate.sides import Side
 from equiv.gate.values import WeightDifference
+from equiv.update.low_rank import LowRank
 
 # A fault explains a matrix when it leaves at most this share of the wrong entries.
 EXPLAINED = 0.01
@@ -125,7 +126,9 @@ def tolerance(
         return (rtol or 0.0) * exact.abs() + (atol or 0.0)
     dtype = actual.weights()[name].dtype
     if actual.update is None:
-        bound = weight_bound(exact, expected.delta(name), dtype)
+        delta = expected.factors(name)
+        dense = delta.dense() if isinstance(delta, LowRank) else delta
+        bound = weight_bound(exact, dense, dtype, product_error(delta))
     else:  # nothing was stored: both are sums in float64
         bound = half_ulp(exact, torch.float64) * 4
     if expected.update is None and expected.weights()[name].dtype != torch.float64:
@@ -138,9 +141,11 @@ def story(actual: Side, expected: Side, name: str, value: Tensor, count: int) ->
     """What a wrong matrix looks like, by the fault that explains it best."""
     dtype = actual.weights()[name].dtype
     best, left = "", count
+    product = product_error(expected.factors(name))
     for fault in faults(expected, name):
         made = fault.weight.to(value.device)
-        bound = weight_bound(made, fault.update, dtype)
+        twice = 2 * product if fault.update is not None else 0.0  # "applied twice"
+        bound = weight_bound(made, fault.update, dtype, twice)
         wrong = int((~((value - made).abs() <= bound)).sum())
         if wrong < left:
             best, left = fault.story, wrong
@@ -163,7 +168,8 @@ def _scale(
     factor = float(((value - start) * along).sum()) / size
     made = start + factor * along
     # The factor itself is only as good as the rounding it was read from.
-    bound = 2 * weight_bound(made, factor * along, dtype)
+    product = abs(factor) * product_error(expected.factors(name))
+    bound = 2 * weight_bound(made, factor * along, dtype, product)
     wrong = int((~((value - made).abs() <= bound)).sum())
     if wrong > EXPLAINED * count:
         return ""

@@ -73,12 +73,15 @@ class Side:
 
     def delta(self, name: str) -> Tensor | None:
         """ΔW of one parameter in float64; `None` where nothing is added."""
+        found = self.factors(name)
+        return found.dense() if isinstance(found, LowRank) else found
+
+    def factors(self, name: str) -> LowRank | Tensor | None:
+        """ΔW of one parameter as the update has it, a tensor in float64."""
         if self.update is None:
             return None
         found = self.update.deltas.get(self._first_name(name))
-        if found is None:
-            return None
-        return found.dense() if isinstance(found, LowRank) else found.double()
+        return found.double() if isinstance(found, Tensor) else found
 
     def exact(self, name: str) -> Tensor:
         """W + ΔW of one parameter, in float64."""
