@@ -418,8 +418,9 @@ def test_models_come_back_untouched() -> None:
 def test_peft_merges_rightly_in_any_dtype(dtype: torch.dtype) -> None:
     """Its product of factors is summed in float32, and terms of it cancel."""
     peft = pytest.importorskip("peft")
-    base = loading.load_base().to(dtype)
-    inner = loading.load_base().to(dtype)
+    base: Any = loading.load_base()
+    inner: Any = loading.load_base()
+    base, inner = base.to(dtype), inner.to(dtype)
     right = peft.PeftModel.from_pretrained(inner, loading.LORA).merge_and_unload()
     found = equiv.compare(right, (base, str(loading.LORA)))
     assert found.same, found.reason
