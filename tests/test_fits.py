@@ -216,3 +216,37 @@ def test_fit_sequential_on_a_plain_module() -> None:
     s = equiv.shifts(model, update, x, sites=("0",))[0, "0"]
     # The first layer is affine in x, and x can be read off its output: exact.
     torch.testing.assert_close(found[0, "0"](s.base), s.exact, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_stream_tells_sinks_and_not_the_site() -> None:
+    """A first token at which the MLP writes much, and the norm after it takes away."""
+    ids = IDS.clone()
+    ids[:, 0] = 1
+    model = transformer("bert", seed=1)
+    dense = model.bert.encoder.layer[0].output.dense
+    inside: list[torch.Tensor] = []
+    handle = dense.register_forward_pre_hook(lambda _m, args: inside.append(args[0]))
+    model(ids)
+    handle.remove()
+    first, rest = inside[0][:, 0].mean(0), inside[0][:, 1:].flatten(0, 1)
+    # The direction that tells the first token from the others.
+    apart = torch.linalg.lstsq(torch.cov(rest.T), first - rest.mean(0)).solution
+    apart /= apart @ (first - rest.mean(0))
+    strong = 100 * torch.ones(16).double()
+    dense.weight += torch.outer(strong, apart)
+    dense.bias -= strong * (apart @ rest.mean(0))
+    update = equiv.Update.random(model, 0.05, seed=2)
+    shifts = equiv.shifts(model, update, ids, dtype=torch.float64)
+    for site, large in (("mlp_out", True), ("block_out", False)):
+        norms = torch.linalg.vector_norm(shifts[0, site].base, dim=-1)
+        assert bool(norms[:, 0].mean() > 10 * norms[:, 1:].mean()) == large
+    h = shifts[0, "mlp_out"].base
+    found = [
+        equiv.fit_sequential(
+            model, update, ids, site="mlp_out", rank=2, first_position=first_position
+        )[0, "mlp_out"](h)
+        for first_position in (None, True, False)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])

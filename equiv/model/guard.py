@@ -96,8 +96,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: If `model` is not a module, is a wrapper around one, is
-            on the meta device, is quantised, has weights that are not finite, or holds
-            a merged adapter.
+            on the meta device, is quantised, or holds a merged adapter.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -116,17 +115,25 @@ def check_model(model: nn.Module) -> None:
                 "the weights before measuring."
             )
     _check_not_quantised(model)
-    for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UnsupportedModelError(
-                f"`{name}` of the model has NaN or infinite entries: nothing can be "
-                "measured on it. Did the training of this model diverge?"
-            )
     for module, _ in _adapter_layers(model):
         if getattr(module, "merged", False):
             raise UnsupportedModelError(
                 "An adapter is merged into this model, so its base is not at hand. "
                 "Call `model.unmerge_adapter()`, or pass a base without the adapter."
+            )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not finite; reads all of them.
+
+    Raises:
+        UnsupportedModelError: If there are any.
+    """
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UnsupportedModelError(
+                f"`{name}` of the model has NaN or infinite entries: nothing can be "
+                "measured on it. Did the training of this model diverge?"
             )
 
 

@@ -1,5 +1,6 @@
 """The shift at full size (t = 1) per layer, site and scope, and the coverage."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -83,16 +84,16 @@ def _add_row(
 ) -> None:
     base = counted(values[0.0][site], mask)
     exact = counted(values[1.0][site], mask) - base
-    if not bool(torch.isfinite(exact).all()):
+    zero = torch.zeros_like(exact)
+    row.tokens += len(base)
+    row.base.add(base)
+    row.first.add(exact, counted(tangents[0.0][site], mask) if tangents else zero)
+    if not math.isfinite(row.first.exact):
         raise UpdateError(
             f"With this update the activation at {site} is not finite: the tuned model "
             f"overflows {exact.dtype}. Use a smaller update (`update.scaled(t)`), or "
             "dtype=torch.float64."
         )
-    zero = torch.zeros_like(exact)
-    row.tokens += len(base)
-    row.base.add(base)
-    row.first.add(exact, counted(tangents[0.0][site], mask) if tangents else zero)
     if 0.5 in tangents or not tangents:
         row.midpoint.add(
             exact, counted(tangents[0.5][site], mask) if tangents else zero

@@ -23,7 +23,7 @@ from equiv.shift.measures import counted
 from equiv.shift.propagate import Trace
 from equiv.steering.fits import RIDGE, Moments, Regression
 from equiv.steering.forms import Steering
-from equiv.steering.sinks import fitted_tokens
+from equiv.steering.sinks import fitted_tokens, stream_of
 
 TARGETS = ("block", "site")
 
@@ -151,8 +151,7 @@ class Chain:
             missing = tuned[batch][self.aim] - sites[self.aim]
             keep = fitted_tokens(
                 self.cut.batches[batch].mask,
-                sites[spec.site],
-                sites[self.aim],
+                stream_of(sites, spec.site),
                 first_position=spec.first_position,
             )
             moments.add(counted(sites[spec.site], keep), counted(missing, keep))

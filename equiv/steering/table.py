@@ -8,7 +8,7 @@ from equiv.shift.measures import counted
 from equiv.shift.propagate import Trace
 from equiv.steering.chain import aim
 from equiv.steering.fits import Moments
-from equiv.steering.sinks import fitted_tokens
+from equiv.steering.sinks import fitted_tokens, stream_of
 
 # (layer, what is read, whose shift is aimed at)
 PairKey = tuple[int, str, str]
@@ -47,7 +47,7 @@ class MomentTable:
             for read, aimed in self.pairs(site):
                 moments = table.setdefault((stage.layer, read, aimed), Moments())
                 mask = self.cut.batches[trace.batch].mask
-                keep = fitted_tokens(mask, base[read], base[aimed])
+                keep = fitted_tokens(mask, stream_of(base, read))
                 shift = tuned[aimed] - base[aimed]
                 moments.add(counted(base[read], keep), counted(shift, keep))
 

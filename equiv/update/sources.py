@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from equiv.errors import FileFormatError, UpdateError
+from equiv.model.guard import check_finite
 from equiv.model.loading import hub_file, is_local, load_model
 from equiv.update.adapters import (
     base_of,
@@ -33,7 +34,9 @@ def resolve(model: nn.Module, delta_w: object) -> Update:
         UpdateError: If it is of no such kind, or empty.
         UpdateMismatchError: If it does not fit the model.
         FileFormatError: If a path holds none of these.
+        UnsupportedModelError: If the model's own weights are not finite.
     """
+    check_finite(model)
     if isinstance(delta_w, (str, Path)):
         delta_w = _load(model, str(delta_w))
     if isinstance(delta_w, Update):
