@@ -146,6 +146,18 @@ def test_wrong_merges_have_status_one_and_are_told(
     assert f"<h1>{actual} is not reference: {story}</h1>" in page.read_text()
 
 
+@pytest.mark.parametrize(
+    ("actual", "status", "says"),
+    [("right", 0, "rounding of float32"), ("twice", 1, "every layer applied twice")],
+)
+def test_a_merge_needs_no_reference(
+    folders: Path, actual: str, status: int, says: str, capsys: Capture
+) -> None:
+    """The base and the adapter themselves say what their merge has to be."""
+    assert main(["compare", f"{BASE}+{LORA}", str(folders / actual)]) == status
+    assert says in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_right_merge_is_diagnosed_as_such(capsys: Capture) -> None:
     assert main(["compare", "reference", "right", *UPDATE]) == 0
     assert "right: applied in every layer" in words(capsys)

@@ -114,7 +114,11 @@ def check(
 @app.command(epilog=_SAME_STATUS)
 def compare(
     expected: Annotated[
-        str, typer.Argument(help="What it has to be: a model, path or hub id.")
+        str,
+        typer.Argument(
+            help="What it has to be: a model, path or hub id; or a model with an "
+            "update, as BASE+UPDATE."
+        ),
     ],
     actual: Annotated[
         str,

@@ -33,7 +33,7 @@ def compared(
     """The comparison, and the diagnosis where there are a base and an update.
 
     Args:
-        expected: A model: path or hub id.
+        expected: A model: path or hub id; or a base and its update, as BASE+UPDATE.
         actual: A model likewise, or an endpoint as URL#MODEL.
         base: A model: path or hub id.
         update: An update of the base: path or hub id.
@@ -58,16 +58,29 @@ def compared(
             )
     served = actual.startswith(_SERVED)
     texts = None if inputs is None else read_texts(Path(inputs), limit)
-    tokenizer = load_tokenizer(expected) if served or texts is not None else None
+    source, added = _split(expected)
+    tokenizer = load_tokenizer(source) if served or texts is not None else None
     side = _endpoint(actual, tokenizer) if served else actual
-    agreement = compare(
-        side, expected, texts, rtol=rtol, atol=atol, tokenizer=tokenizer
-    )
+    wanted = source if added is None else (source, added)
+    agreement = compare(side, wanted, texts, rtol=rtol, atol=atol, tokenizer=tokenizer)
     if base is None:
         return agreement, None
     return agreement, diagnose(
         load_saved(base), update, side, texts, tokenizer=tokenizer
     )
+
+
+def _split(expected: str) -> tuple[str, str | None]:
+    """(model, update) of BASE+UPDATE; a path that is there is itself.
+
+    Example:
+        >>> _split("base+adapter"), _split("org/model")
+        (('base', 'adapter'), ('org/model', None))
+    """
+    base, plus, update = expected.partition("+")
+    if not plus or Path(expected).exists():
+        return expected, None
+    return base, update
 
 
 def show(agreement: Agreement, diagnosis: Diagnosis | None) -> None:
