@@ -110,7 +110,7 @@ def _weights(
     only_actual, only_expected = missing(actual, expected)
     story = ""
     if found and expected.update is not None:
-        story = by_weights(actual, expected).looks_like
+        story = by_weights(actual, expected, found).looks_like
     elif found:
         stories = {row.looks_like for row in found}
         story = found[0].looks_like if len(stories) == 1 else ""

@@ -12,7 +12,7 @@ from equiv.gate.outputs import Group, answered, as_batches, exact, rows_of, stor
 from equiv.gate.shares import Solution, solve
 from equiv.gate.sides import Side, TopK, as_side
 from equiv.gate.stories import told_by_outputs
-from equiv.gate.values import Diagnosis, Share
+from equiv.gate.values import Diagnosis, Share, WeightDifference
 from equiv.model.batches import at_most
 from equiv.model.drawn import random_inputs
 from equiv.model.guard import check_model, measured
@@ -74,7 +74,7 @@ def diagnose(
     expected = Side(f"base + {fitted.source}", model=base, update=fitted)
     side = as_side(actual, "actual")
     if side.has_weights:
-        return by_weights(side, expected)
+        return by_weights(side, expected, different(side, expected)[0])
     given = random_inputs(base, 0) if inputs is None else inputs
     batches = at_most(from_inputs(base, given, tokenizer), TOKENS, 0)
     groups = rows_of(batches)
@@ -87,11 +87,13 @@ def part_of(name: str) -> str:
     return OUTSIDE if layer is None else f"layer {layer}"
 
 
-def by_weights(actual: Side, expected: Side) -> Diagnosis:
-    """The diagnosis of a side with weights, matrix by matrix."""
+def by_weights(
+    actual: Side, expected: Side, found: Sequence[WeightDifference]
+) -> Diagnosis:
+    """The diagnosis of a side with weights, from the matrices that differ."""
     update = expected.update
     assert update is not None
-    wrong = {row.name: row.looks_like for row in different(actual, expected)[0]}
+    wrong = {row.name: row.looks_like for row in found}
     weights = actual.weights()
     matrices, sizes = [], []
     for name in update.deltas:

@@ -149,6 +149,8 @@ def story(actual: Side, expected: Side, name: str, value: Tensor, count: int) ->
         wrong = int((~((value - made).abs() <= bound)).sum())
         if wrong < left:
             best, left = fault.story, wrong
+        if not left:
+            break
     if best and left <= EXPLAINED * count:
         return best
     scaled = _scale(expected, name, value, dtype, count)
