@@ -36,15 +36,10 @@ from equiv.model.inputs import from_inputs
 from equiv.model.sites import SITES
 from equiv.model.stages import staged
 from equiv.shift.calculus import Selection
-from equiv.shift.propagate import (
-    BASE,
-    MIDPOINT,
-    TUNED,
-    Point,
-    low_rank_names,
-    propagate,
-)
+from equiv.shift.propagate import propagate
+from equiv.shift.stage_update import low_rank_names
 from equiv.shift.table import Table
+from equiv.shift.traces import BASE, MIDPOINT, TUNED, Point
 from equiv.update.low_rank import LowRank
 
 RANK = 16

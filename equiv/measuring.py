@@ -16,16 +16,12 @@ from equiv.report.report import Report
 from equiv.report.values import Radius, Subject, Superposition
 from equiv.settings import Settings
 from equiv.shift.calculus import Curve, RowKey, Selection, curves
-from equiv.shift.propagate import (
-    BASE,
-    MIDPOINT,
-    TUNED,
-    low_rank_names,
-    propagate,
-)
+from equiv.shift.propagate import propagate
 from equiv.shift.radius import TOLERANCE, Question, radii
+from equiv.shift.stage_update import low_rank_names
 from equiv.shift.superposition import MAX_BLOCKS, superposition
 from equiv.shift.table import Table
+from equiv.shift.traces import BASE, MIDPOINT, TUNED
 from equiv.steering.chain import Spec
 from equiv.steering.table import MomentTable
 from equiv.update.update import Update

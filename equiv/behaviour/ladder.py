@@ -23,7 +23,7 @@ from torch import Tensor
 from equiv.behaviour.distance import Distances
 from equiv.model.sites import LOGITS, Steer
 from equiv.model.stages import Stage, StagedModel
-from equiv.shift.propagate import Trace
+from equiv.shift.traces import Trace
 from equiv.steering.chain import Chain, Spec, Stream, aim
 from equiv.steering.fits import Moments, Regression
 from equiv.steering.forms import Overwrite, Steering

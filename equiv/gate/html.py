@@ -5,11 +5,11 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from equiv.errors import MissingExtraError
 from equiv.gate.picture import BOTTOM, LEFT, RIGHT, WIDTH, picture
 from equiv.gate.values import Agreement, Diagnosis
 from equiv.report import numbers
 from equiv.report.files import write_text
+from equiv.report.page import page
 from equiv.report.prose import joined
 
 # More matrices than these are folded away.
@@ -32,26 +32,17 @@ def to_html(agreement: Agreement | None, diagnosis: Diagnosis | None) -> str:
     Raises:
         MissingExtraError: If jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError(
-            "HTML pages need jinja2: pip install 'equiv[report]'."
-        ) from None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters.update(
-        figure=_figure,
-        share=_share,
-        percent=numbers.percent,
-        joined=joined,
-        code=_code,
-        picture=picture,
-    )
-    source = files("equiv.gate").joinpath("templates/gate.html.j2")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
-    return template.render(
+    return page(
+        "equiv.gate",
+        "gate.html.j2",
+        {
+            "figure": _figure,
+            "share": _share,
+            "percent": numbers.percent,
+            "joined": joined,
+            "code": _code,
+            "picture": picture,
+        },
         style=_style(),
         headline=_headline(agreement, diagnosis),
         agreement=agreement,

@@ -4,15 +4,14 @@ import io
 import re
 from collections.abc import Iterator
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equiv.errors import MissingExtraError
 from equiv.report import naming, numbers, plot
 from equiv.report.answer import unsteered
 from equiv.report.files import write_text
 from equiv.report.meaning import meaning
+from equiv.report.page import page
 from equiv.report.prose import joined
 from equiv.report.values import Scope, Verdict
 
@@ -33,25 +32,16 @@ def to_html(report: "Report") -> str:
     Raises:
         MissingExtraError: If jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError(
-            "HTML pages need jinja2: pip install 'equiv[report]'."
-        ) from None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters.update(
-        figure=numbers.figure,
-        percent=numbers.percent,
-        joined=joined,
-        reach=naming.reach,
-        listed=" and ".join,
-    )
-    source = files("equiv.report").joinpath("templates/report.html.j2")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
-    return template.render(
+    return page(
+        "equiv.report",
+        "report.html.j2",
+        {
+            "figure": numbers.figure,
+            "percent": numbers.percent,
+            "joined": joined,
+            "reach": naming.reach,
+            "listed": " and ".join,
+        },
         report=report,
         subject=report.subject,
         facts=naming.subject(report),

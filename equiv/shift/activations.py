@@ -15,14 +15,9 @@ from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
 from equiv.model.sites import SITES, SiteKey
 from equiv.model.stages import prepared
-from equiv.shift.propagate import (
-    BASE,
-    MIDPOINT,
-    TUNED,
-    Trace,
-    low_rank_names,
-    propagate,
-)
+from equiv.shift.propagate import propagate
+from equiv.shift.stage_update import low_rank_names
+from equiv.shift.traces import BASE, MIDPOINT, TUNED, Trace
 from equiv.update.sources import resolve
 from equiv.update.update import Update
 

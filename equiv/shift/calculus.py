@@ -21,9 +21,10 @@ from torch import Tensor
 from equiv.model.sites import Sites
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import Square, counted
-from equiv.shift.propagate import Point, Trace, propagate
+from equiv.shift.propagate import propagate
 from equiv.shift.results import Order, Scope, TaylorPoint
 from equiv.shift.taylor import ABOVE_NOISE, NOISE_SCALE, SCALES, order_of
+from equiv.shift.traces import Point, Trace
 from equiv.update.update import Update
 
 # Truncation e²/6 · f⁗/f″ and rounding eps/e² are both far below a radius's 5 %.

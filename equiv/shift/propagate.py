@@ -22,82 +22,24 @@ vocabulary, and those of all points at once would not fit into memory.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp
 
 from equiv.errors import ForwardModeError
-from equiv.model.factors import UnusedFactorsError, takes_factors
+from equiv.model.factors import UnusedFactorsError
 from equiv.model.sites import Sites
 from equiv.model.stages import Stage, StagedModel
-from equiv.update.low_rank import LowRank
+from equiv.shift.stage_update import StageUpdate
+from equiv.shift.traces import BASE, MIDPOINT, TUNED, OnDemand, Point, Trace
 from equiv.update.update import Update
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A scale of the update, and whether the derivative is wanted there."""
-
-    scale: float
-    tangent: bool = False
-
-
-BASE, MIDPOINT, TUNED = Point(0.0, True), Point(0.5, True), Point(1.0)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one stage does to one batch.
-
-    Attributes:
-        stage: The stage.
-        batch: Index of the batch.
-        moved: Whether the update has any effect up to here; if not, every point has
-            the base's activations and tangents are absent.
-        values: scale → site → f(s), [batch, seq, d].
-        tangents: scale → site → f′(s).
-        local_values: scale → site → g(s); empty unless asked for.
-        local_tangents: scale → site → g′(s).
-        touched: Whether the update touches this stage's own parameters.
-    """
-
-    stage: Stage
-    batch: int
-    moved: bool
-    touched: bool
-    values: Mapping[float, Sites]
-    tangents: Mapping[float, Sites]
-    local_values: Mapping[float, Sites]
-    local_tangents: Mapping[float, Sites]
-
-
-class _OnDemand(Mapping[float, Sites]):
-    """Scale → sites, computed when asked for and not kept."""
-
-    def __init__(self, scales: Sequence[float], run: Callable[[float], Sites]) -> None:
-        self._scales, self._run = tuple(scales), run
-
-    def __getitem__(self, scale: float) -> Sites:
-        if scale not in self._scales:
-            raise KeyError(scale)
-        return self._run(scale)
-
-    def __contains__(self, scale: object) -> bool:
-        return scale in self._scales
-
-    def __iter__(self) -> Iterator[float]:
-        return iter(self._scales)
-
-    def __len__(self) -> int:
-        return len(self._scales)
 
 
 @dataclass
@@ -108,44 +50,6 @@ class _Stream:
     hidden: dict[float, Tensor] = field(default_factory=dict)
     tangent: dict[float, Tensor] = field(default_factory=dict)
     moved: bool = False
-
-
-def low_rank_names(model: nn.Module, update: Update) -> list[str]:
-    """Names of the update's entries that can be applied beside their weights.
-
-    A tied weight is used by more than one module; its update has to be dense.
-    """
-    modules = dict(model.named_modules())
-    own = dict(model.named_parameters())
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return [
-        name
-        for name, delta in update.deltas.items()
-        if isinstance(delta, LowRank)
-        and name.endswith(".weight")
-        and uses[id(own[name])] == 1
-        and takes_factors(modules[name.rpartition(".")[0]])
-    ]
-
-
-class _StageUpdate:
-    """The update of one stage in the compute dtype: dense part and factors."""
-
-    def __init__(self, cut: StagedModel, stage: Stage, update: Update, low: set[str]):
-        own = {
-            name: update.deltas[name] for name in stage.names if name in update.deltas
-        }
-        self.dense: dict[str, Tensor] = {}
-        self.low: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, delta in own.items():
-            if isinstance(delta, LowRank) and name in low:
-                self.low[name] = (delta.left.to(cut.dtype), delta.right.to(cut.dtype))
-            else:
-                full = delta.dense() if isinstance(delta, LowRank) else delta
-                self.dense[name] = full.to(cut.dtype)
-
-    def __bool__(self) -> bool:
-        return bool(self.dense or self.low)
 
 
 def propagate(
@@ -200,7 +104,7 @@ class _Pass:
         self.cut, self.stage, self.tensors = cut, stage, tensors
         self.update, self.allowed = update, allowed
         self.points, self.local = points, local
-        self.delta = _StageUpdate(cut, stage, update, allowed)
+        self.delta = StageUpdate(cut, stage, update, allowed)
         # Few points: keep W + sΔW between batches. Many: form it anew, to save memory.
         self.keep = len(points) <= 3
         self.shifted: dict[float, dict[str, Tensor]] = {}
@@ -219,7 +123,7 @@ class _Pass:
         except UnusedFactorsError as unused:
             # The weight is used in some way that a hook cannot see: make it dense.
             self.allowed -= unused.names
-            self.delta = _StageUpdate(self.cut, self.stage, self.update, self.allowed)
+            self.delta = StageUpdate(self.cut, self.stage, self.update, self.allowed)
             self.shifted.clear()
             return run()
 
@@ -283,7 +187,7 @@ class _Pass:
         base: Tensor | None,
         hidden: Mapping[float, Tensor],
         tangent: Mapping[float, Tensor],
-    ) -> tuple[_OnDemand, _OnDemand]:
+    ) -> tuple[OnDemand, OnDemand]:
         """(values, tangents) of the head at some points; only the base's are kept."""
 
         def both(s: float) -> tuple[Sites, Sites]:
@@ -304,8 +208,8 @@ class _Pass:
             return (at_base() if s == 0.0 else both(s))[1]
 
         return (
-            _OnDemand([point.scale for point in points], value),
-            _OnDemand(sloped, slope),
+            OnDemand([point.scale for point in points], value),
+            OnDemand(sloped, slope),
         )
 
     def _unmoved(self, batch: int, stream: _Stream) -> Trace:

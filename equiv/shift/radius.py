@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from equiv.model.stages import StagedModel
 from equiv.shift.calculus import Curve, RowKey, Selection, scopes
 from equiv.shift.measures import Comparison, counted
-from equiv.shift.propagate import Point, propagate
+from equiv.shift.propagate import propagate
 from equiv.shift.results import Radius, Scope
 from equiv.shift.table import FullSize
+from equiv.shift.traces import Point
 from equiv.update.update import Update
 
 TOLERANCE = 0.1

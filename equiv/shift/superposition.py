@@ -20,8 +20,9 @@ from torch.func import jvp
 
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import Comparison, counted
-from equiv.shift.propagate import Point, Trace, propagate
+from equiv.shift.propagate import propagate
 from equiv.shift.results import Superposition, Verdict
+from equiv.shift.traces import Point, Trace
 from equiv.update.update import Update
 
 # 1e-12 in float64: a few thousand roundings, for up to a dozen blocks of some ten

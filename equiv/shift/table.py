@@ -11,8 +11,8 @@ from equiv.errors import UpdateError
 from equiv.model.sites import Sites
 from equiv.shift.calculus import RowKey, Selection, scopes
 from equiv.shift.measures import Comparison, Square, counted, ratio
-from equiv.shift.propagate import Trace
 from equiv.shift.results import Scope
+from equiv.shift.traces import Trace
 
 
 @dataclass

@@ -20,7 +20,7 @@ from equiv.errors import ArgumentError
 from equiv.model.sites import SiteKey, Sites, Steer
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
-from equiv.shift.propagate import Trace
+from equiv.shift.traces import Trace
 from equiv.steering.fits import RIDGE, Moments, Regression
 from equiv.steering.forms import Steering
 from equiv.steering.sinks import fitted_tokens, stream_of

@@ -12,7 +12,9 @@ from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
 from equiv.model.sites import SiteKey
 from equiv.model.stages import staged
-from equiv.shift.propagate import TUNED, Point, low_rank_names, propagate
+from equiv.shift.propagate import propagate
+from equiv.shift.stage_update import low_rank_names
+from equiv.shift.traces import TUNED, Point
 from equiv.steering.chain import TARGETS, Chain, Spec
 from equiv.steering.fits import RIDGE
 from equiv.steering.forms import FORMS, Steering

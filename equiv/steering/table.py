@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
-from equiv.shift.propagate import Trace
+from equiv.shift.traces import Trace
 from equiv.steering.chain import aim
 from equiv.steering.fits import Moments
 from equiv.steering.sinks import fitted_tokens, stream_of
