@@ -8,8 +8,8 @@ tokens attend to what comes of it.
 
 What tells a sink is the stream after the block, whatever the site: on MiniLM the MLP
 writes 15 to 35 times more at the first token than elsewhere, which the norm after it
-takes away. Fits at mlp_out without that token recovered a third of what they did with
-it.
+takes away. Full-rank fits at mlp_out that left that token out recovered 33 % of a
+fine-tune's effect, with it 84 %.
 """
 
 import torch
