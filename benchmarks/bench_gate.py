@@ -332,7 +332,8 @@ def cases(quick: bool) -> Iterator[Case]:
     for name, base in bases(quick):
         for dtype in DTYPES:
             stored = copy.deepcopy(base).to(dtype).float()
-            for size in SIZES:
+            # MiniLM's matrices are large: one size of update says what it has to say.
+            for size in SIZES if name != "MiniLM" else SIZES[1:2]:
                 deltas = lora_like(stored, size, seed=3)
                 yield Case(name, stored, deltas, size, dtype)
 

@@ -425,3 +425,145 @@ def test_peft_merges_rightly_in_any_dtype(dtype: torch.dtype) -> None:
     found = equiv.compare(right, (base, str(loading.LORA)))
     assert found.same, found.reason
     assert equiv.diagnose(base, str(loading.LORA), right).applied
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_tied_models_are_compared_by_outputs_too(family: str) -> None:
+    model = transformer(family, seed=1, dtype=torch.float32, tie_word_embeddings=True)
+    update = lora(model, 0.05)
+    right = merged(model, update, lambda _, d: d, torch.float32)
+    twice = merged(model, update, lambda _, d: 2 * d, torch.float32)
+    equiv.assert_same(lambda ids: right(ids).logits, (model, update), IDS)
+    found = equiv.diagnose(model, update, lambda ids: twice(ids).logits, IDS)
+    assert found.looks_like == "every layer applied twice"
+
+
+def test_the_base_may_be_the_one_that_peft_wrapped() -> None:
+    """Its layers then have other names, and the adapter's beside them."""
+    peft = pytest.importorskip("peft")
+    base = base_model()
+    config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.3)
+    adapted = peft.get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    right = copy.deepcopy(adapted).merge_and_unload()
+    equiv.assert_same(right, (base, adapted))
+    assert equiv.diagnose(base, adapted, right).applied
+    adapted.train()
+    equiv.assert_same(adapted, (base, adapted), IDS)  # without its dropout
+    assert adapted.training
+
+
+def test_sides_may_be_swapped() -> None:
+    model = base_model(dtype=torch.bfloat16)
+    update = lora(model)
+    stored = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, delta in update.deltas.items():
+            rounded = delta.dense().bfloat16()  # type: ignore[union-attr]
+            stored.get_parameter(name).add_(rounded)
+    equiv.assert_same(stored, (model, update))
+    equiv.assert_same((model, update), stored)
+
+
+def test_a_base_rounded_before_the_merge_is_right() -> None:
+    """As `from_pretrained(dtype=bfloat16)` and a merge leave it."""
+    model = base_model()
+    update = lora(model)
+    half = copy.deepcopy(model).bfloat16()
+    right = merged(half, update, lambda _, d: d, torch.bfloat16)
+    equiv.assert_same(right, (model, update))
+
+
+def test_outputs_that_cannot_show_an_update_decide_nothing() -> None:
+    model = base_model(dtype=torch.bfloat16)
+    update = lora(model, 1e-3)
+    found = equiv.compare(lambda ids: model(ids).logits, (model, update), IDS)
+    assert not found.same
+    assert found.reason.startswith("not decided: the update moves these outputs by")
+    with pytest.raises(equiv.NotSameError, match="not decided"):
+        equiv.assert_same(lambda ids: model(ids).logits, (model, update), IDS)
+
+
+def test_one_row_gives_no_false_certainty() -> None:
+    """Something else in the outputs: shares stay within four standard errors of 1."""
+    model = base_model(dtype=torch.float64)
+    update = lora(model, 0.05)
+    far = 0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        made = merged(model, update, lambda _, d: d, torch.float64)
+        noise = torch.randn(made.lm_head.weight.shape, generator=generator)
+        made.lm_head.weight.data += 0.003 * noise
+        ids = torch.randint(3, 32, (1, 24), generator=generator)
+
+        def ask(rows: Tensor, made: Any = made) -> Tensor:
+            return made(rows).logits
+
+        for share in equiv.diagnose(model, update, ask, ids).layers:
+            assert share.coefficient is None or share.uncertainty is not None
+            if share.coefficient is not None and share.uncertainty is not None:
+                far += abs(share.coefficient - 1) > 4 * share.uncertainty
+    assert far <= 1
+
+
+def test_a_matrix_of_another_shape_is_named() -> None:
+    model = base_model("gpt2")
+    update = lora(model)
+    wrong = merged(model, update, lambda _, d: d, torch.float32)
+    weight = wrong.transformer.h[0].mlp.c_fc.weight
+    weight.data = weight.data.T.contiguous()
+    found = equiv.compare(wrong, (model, update))
+    assert [row.looks_like for row in found.weights] == [
+        "of shape (24, 16), expected (16, 24)"
+    ]
+    assert not equiv.diagnose(model, update, wrong).applied
+
+
+def test_buffers_and_settings_are_part_of_a_model() -> None:
+    model = base_model()
+    turned = transformer(
+        "llama",
+        seed=1,
+        dtype=torch.float32,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )
+    found = equiv.compare(turned, model)
+    assert not found.same
+    assert all("inv_freq" in row.name for row in found.weights)
+    assert "rope" in found.settings[0]
+    other = base_model()
+    other.config.hidden_act = "relu"
+    found = equiv.compare(other, model)
+    assert found.settings == ("hidden_act 'relu', expected 'silu'",)
+    assert "another setting: hidden_act" in found.reason
+    other = base_model(dtype=torch.bfloat16)
+    other.config.use_cache = not model.config.use_cache
+    other.config.name_or_path = "elsewhere"
+    equiv.assert_same(other, base_model(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"inputs_embeds": torch.ones(2, 3, 16)}, r"token ids.*inputs_embeds"),
+        (torch.ones(2, 3, 16), r"token ids.*inputs_embeds"),
+    ],
+)
+def test_outputs_are_compared_on_token_ids(inputs: Any, says: str) -> None:
+    model = base_model()
+    with pytest.raises(equiv.ArgumentError, match=says):
+        equiv.assert_same(lambda ids: model(ids).logits, model, inputs)
+
+
+def test_uncertain_shares_are_not_called_applied() -> None:
+    from equiv.gate.fates import share_of
+
+    for coefficient, error in ((0.05, 0.24), (0.3, 0.2), (0.45, 0.13)):
+        share = share_of("layer 0", coefficient, error)
+        assert share.fate is Fate.NOT_IDENTIFIABLE
+    assert share_of("layer 0", 0.4, 0.12).fate is Fate.NOT_APPLIED
+    assert share_of("layer 0", 0.6, 0.12).fate is Fate.APPLIED

@@ -70,7 +70,7 @@ SHARES = (
     share_of("layer 1", 0.002, 0.01),
     share_of("layer 2", -1.001, 0.01),
     share_of("layer 3", 2.0, 0.01),
-    share_of("layer 4", 0.9, 0.2),
+    share_of("layer 4", 0.9, 0.1),
     share_of("layer 5", 73.0, 0.01),
     share_of("layer 6", 1.0, math.inf),
     share_of("layer 7", 0.4, 0.6),
@@ -313,9 +313,9 @@ def test_the_picture_puts_shares_on_their_lines() -> None:
     assert marks["layer 5"].y == TOP and marks["layer 5"].figure == "73"
     for part in ("layer 6", "layer 7", "layer 8"):  # not identifiable, and no number
         assert marks[part].y is None
-    unsure = marks["layer 4"]  # two standard errors of 0.2
+    unsure = marks["layer 4"]  # two standard errors of 0.1
     assert unsure.y is not None
-    assert unsure.low - unsure.y == pytest.approx(0.4 * (none - applied), abs=0.05)
+    assert unsure.low - unsure.y == pytest.approx(0.2 * (none - applied), abs=0.05)
     assert [mark.name for mark in made.marks][-1] == "outside" and made.axis == "layer"
 
 

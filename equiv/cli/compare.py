@@ -77,10 +77,14 @@ def _split(expected: str) -> tuple[str, str | None]:
         >>> _split("base+adapter"), _split("org/model")
         (('base', 'adapter'), ('org/model', None))
     """
-    base, plus, update = expected.partition("+")
-    if not plus or Path(expected).exists():
+    if Path(expected).exists():
         return expected, None
-    return base, update
+    pairs = [
+        (expected[:i], expected[i + 1 :]) for i, c in enumerate(expected) if c == "+"
+    ]
+    pairs = [(base, update) for base, update in pairs if base and update]
+    there = [pair for pair in pairs if Path(pair[0]).exists()]
+    return next(iter([*there, *pairs]), (expected, None))
 
 
 def show(agreement: Agreement, diagnosis: Diagnosis | None) -> None:

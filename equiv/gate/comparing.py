@@ -1,6 +1,7 @@
 """`equiv.assert_same` and `equiv.compare`: is this model that one?"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from equiv.gate.outputs import (
     relative,
     rows_of,
     stored,
+    vocabulary_of,
 )
 from equiv.gate.patterns import pattern
+from equiv.gate.settings import different_settings
 from equiv.gate.sides import Side, TopK, as_side
 from equiv.gate.values import Agreement, OutputDifference
 from equiv.model.batches import at_most
 from equiv.model.drawn import random_inputs
 from equiv.model.inputs import from_inputs
+from equiv.report.numbers import percent
 
 # Two results of one computation may round in opposite directions, and the largest of
 # many roundings of one run may be twice the largest of another.
@@ -119,8 +123,10 @@ def _weights(
         rule = f"weights to the rounding of {dtype}"
     else:
         rule = f"weights to rtol={rtol or 0:g}, atol={atol or 0:g}"
+    assert actual.model is not None and expected.model is not None
     return {
         "by_weight": rule,
+        "settings": different_settings(actual.model, expected.model),
         "compared": compared,
         "weights": tuple(found),
         "only_actual": tuple(only_actual),
@@ -138,18 +144,38 @@ def _outputs(
     tokenizer: object,
     known: dict[str, Any],
 ) -> dict[str, Any]:
-    model = expected.model if expected.model is not None else actual.model
-    groups = _groups(model, inputs, tokenizer)
+    source = expected if expected.model is not None else actual
+    groups = _groups(source.model, inputs, tokenizer)
     seen = [answered(actual, group) for group in groups]
-    wanted = [
-        exact(expected, group) if expected.model else answered(expected, group)
-        for group in groups
-    ]
-    found, rule = _compared(actual, expected, groups, seen, wanted, rtol, atol)
+    right = None if source.model is None else exact(source, groups)
+    wanted: Sequence[Tensor | TopK] = right or []
+    if source is actual:
+        wanted = [answered(expected, group) for group in groups]
+    limit, rule = _limit(actual, expected, groups, seen, right, rtol, atol)
+    found = _compared(expected, groups, seen, wanted, limit, atol)
     story = known.get("looks_like") or found.looks_like
-    if found.wrong and not story and expected.update is not None:
-        story = by_outputs(actual, expected, groups, seen).looks_like
+    if expected.update is not None and right is not None:
+        if found.wrong and not story:
+            story = by_outputs(actual, expected, groups, seen, right).looks_like
+        elif not found.wrong and (unseen := _unseen(expected, groups, right, limit)):
+            found, story = replace(found, undecided=True), unseen
     return {"by_output": rule, "outputs": found, "looks_like": story}
+
+
+def _unseen(
+    expected: Side, groups: Sequence[Group], right: Sequence[Tensor], limit: float
+) -> str:
+    """Why outputs that agree say nothing: the update moves them less than rounding."""
+    plain = exact(replace(expected, update=None), groups)
+    pairs = (pair(a, b) for a, b in zip(plain, right, strict=True))
+    effect = max(float(relative(a, b).max()) for a, b in pairs)
+    if effect > limit:
+        return ""
+    return (
+        f"the update moves these outputs by {percent(effect)} at most, within the "
+        f"tolerance of {percent(limit)}: they cannot show whether it was applied; "
+        "compare weights, or give a smaller `rtol=`"
+    )
 
 
 def _groups(model: nn.Module | None, inputs: object, tokenizer: object) -> list[Group]:
@@ -161,21 +187,20 @@ def _groups(model: nn.Module | None, inputs: object, tokenizer: object) -> list[
             )
         return [Group(inputs, tuple(range(len(inputs))))]
     given = random_inputs(model, 0) if inputs is None else inputs
-    return rows_of(at_most(from_inputs(model, given, tokenizer), TOKENS, 0))
+    batches = at_most(from_inputs(model, given, tokenizer), TOKENS, 0)
+    return rows_of(batches, vocabulary_of(model))
 
 
 def _compared(
-    actual: Side,
     expected: Side,
     groups: Sequence[Group],
     seen: Sequence[Tensor | TopK],
     wanted: Sequence[Tensor | TopK],
-    rtol: float | None,
+    limit: float,
     atol: float | None,
-) -> tuple[OutputDifference, str]:
+) -> OutputDifference:
     pairs = [pair(a, e) for a, e in zip(seen, wanted, strict=True)]
     apart = [relative(a, e) for a, e in pairs]
-    limit, rule = _limit(actual, expected, groups, seen, rtol, atol)
     allowed = [limit + _absolute(e, atol) for _, e in pairs]
     wrong = [~(d <= a) for d, a in zip(apart, allowed, strict=True)]
     count = sum(int(w.sum()) for w in wrong)
@@ -184,7 +209,7 @@ def _compared(
     row, position = divmod(place, apart[g].shape[1])
     tokens = sum(d.numel() for d in apart)
     same = sum(int((a.argmax(-1) == e.argmax(-1)).sum()) for a, e in pairs)
-    found = OutputDifference(
+    return OutputDifference(
         tokens=tokens,
         wrong=count,
         largest=float(apart[g].flatten()[place]),
@@ -194,7 +219,6 @@ def _compared(
         same_top=same / tokens,
         looks_like=pattern(expected, groups, pairs, wrong, seen) if count else "",
     )
-    return found, rule
 
 
 def _absolute(expected: Tensor, atol: float | None) -> Tensor:
@@ -208,6 +232,7 @@ def _limit(
     expected: Side,
     groups: Sequence[Group],
     seen: Sequence[Tensor | TopK],
+    right: Sequence[Tensor] | None,
     rtol: float | None,
     atol: float | None,
 ) -> tuple[float, str]:
@@ -215,20 +240,19 @@ def _limit(
     if rtol is not None or atol is not None:
         return rtol or 0.0, f"outputs to rtol={rtol or 0:g}, atol={atol or 0:g}"
     source = expected if expected.model is not None else actual
-    if source.model is None:
+    if right is None:
         raise ArgumentError(
             "Expected `rtol=` or `atol=`: neither side is a model, so there is no "
             "dtype to derive a tolerance from."
         )
     dtype = coarsest(actual, expected)
     noise = 0.0
-    for group, observed in zip(groups, seen, strict=True):
-        rounded, right = stored(source, group, dtype), exact(source, group)
-        if isinstance(observed, TopK):
-            rounded, right = (pair(observed, logits)[1] for logits in (rounded, right))
-        else:
-            rounded, right = pair(rounded, right)
-        noise = max(noise, float(relative(rounded, right).max()))
+    for rounded, logits, observed in zip(
+        stored(source, groups, dtype), right, seen, strict=True
+    ):
+        like = observed if isinstance(observed, TopK) else logits
+        one, two = pair(like, rounded)[1], pair(like, logits)[1]
+        noise = max(noise, float(relative(one, two).max()))
     name = str(dtype).removeprefix("torch.")
     rule = f"outputs to {ROOM:g} times the rounding of {name}, measured here"
     return ROOM * noise, rule

@@ -1,6 +1,7 @@
 """`equiv.diagnose`: what really happened to a model that was to get an update."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,15 @@ from torch import Tensor, nn
 from equiv.gate.fates import pooled, share_of, summary, told
 from equiv.gate.faults import kind_of, layer_of
 from equiv.gate.matrices import different, leaning
-from equiv.gate.outputs import Group, answered, as_batches, exact, rows_of, stored
+from equiv.gate.outputs import (
+    Group,
+    answered,
+    as_batches,
+    exact,
+    rows_of,
+    stored,
+    vocabulary_of,
+)
 from equiv.gate.shares import Solution, solve
 from equiv.gate.sides import Side, TopK, as_side
 from equiv.gate.stories import told_by_outputs
@@ -19,7 +28,9 @@ from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
 from equiv.model.stages import staged
 from equiv.report.numbers import percent
+from equiv.update.adapters import clean
 from equiv.update.sources import resolve
+from equiv.update.update import Update
 
 OUTSIDE = "outside the blocks"
 # Tokens that are looked at: the cost is theirs, times the layers.
@@ -27,6 +38,9 @@ TOKENS = 512
 # Below this share of the change explained, scaling parts of the update is not what
 # happened; storage in bfloat16 alone leaves a few thousandths.
 EXPLAINED = 0.99
+# ‖y − z(c)‖ in units of what storing in bfloat16 does to the outputs: two roundings of
+# one computation are √2 apart, and the two here need not be equal in size.
+ROUNDING = 2.0
 
 
 def diagnose(
@@ -64,7 +78,6 @@ def diagnose(
     Example:
         >>> from equiv.testing.models import transformer
         >>> base = transformer("llama")
-        >>> from equiv.update.update import Update
         >>> update = Update.random(base, 0.05, seed=0)
         >>> diagnose(base, update, (base, update.scaled(2))).looks_like
         'every layer applied twice'
@@ -77,8 +90,9 @@ def diagnose(
         return by_weights(side, expected, different(side, expected)[0])
     given = random_inputs(base, 0) if inputs is None else inputs
     batches = at_most(from_inputs(base, given, tokenizer), TOKENS, 0)
-    groups = rows_of(batches)
-    return by_outputs(side, expected, groups, [answered(side, g) for g in groups])
+    groups = rows_of(batches, vocabulary_of(base))
+    observed = [answered(side, group) for group in groups]
+    return by_outputs(side, expected, groups, observed, exact(expected, groups))
 
 
 def part_of(name: str) -> str:
@@ -96,16 +110,18 @@ def by_weights(
     wrong = {row.name: row.looks_like for row in found}
     weights = actual.weights()
     matrices, sizes = [], []
-    for name in update.deltas:
+    for name, weight in expected.weights().items():
         delta = expected.delta(name)
         if delta is None or name not in weights or not bool(delta.any()):
             continue
-        share, error, _ = leaning(actual, expected, name)
+        share, error = 0.0, math.inf
+        if weights[name].shape == weight.shape:
+            share, error, _ = leaning(actual, expected, name)
         matrices.append(told(name, share, error, wrong.get(name, "")))
         sizes.append(float(delta.square().sum()))
     layers = _pooled(matrices, sizes, part_of)
     kinds = _pooled(matrices, sizes, kind_of)
-    beside = [name for name in wrong if name not in update.deltas]
+    beside = [name for name in wrong if name not in {s.part for s in matrices}]
     story = summary(layers, kinds)
     if beside:
         story += (
@@ -142,28 +158,33 @@ def by_outputs(
     expected: Side,
     groups: Sequence[Group],
     observed: Sequence[Tensor | TopK],
+    right: Sequence[Tensor],
 ) -> Diagnosis:
-    """The diagnosis of a side from its outputs on some rows."""
+    """The diagnosis of a side from its outputs on some rows.
+
+    Args:
+        actual: The side.
+        expected: The base with its update.
+        groups: The rows.
+        observed: What the side answered to each group.
+        right: What it had to answer, in float64.
+    """
     base, update = expected.model, expected.update
     assert base is not None and update is not None
-    deltas = {n: d for n in update.deltas if (d := expected.delta(n)) is not None}
-    rounding = [
-        stored(expected, group, torch.bfloat16) - exact(expected, group)
-        for group in groups
-    ]
+    rounded = stored(expected, groups, torch.bfloat16)
+    rounding = [one - two for one, two in zip(rounded, right, strict=True)]
     with (
         measured(base),
         staged(base, as_batches(groups), torch.float64) as cut,
     ):
         by_layer = solve(
-            cut, groups, observed, deltas, _parts(deltas, part_of), rounding
+            cut, observed, update.deltas, _parts(update, part_of), rounding
         )
         by_kind = solve(
             cut,
-            groups,
             observed,
-            deltas,
-            _parts(deltas, kind_of),
+            update.deltas,
+            _parts(update, kind_of),
             rounding,
             start=sum(by_layer.shares.values()) / len(by_layer.shares),
         )
@@ -176,7 +197,7 @@ def by_outputs(
         kinds=kinds,
         matrices=(),
         explained=max(by_layer.explained, by_kind.explained),
-        looks_like=_story(expected, groups, observed, by_layer, by_kind),
+        looks_like=_story(expected, groups, observed, right, by_layer, by_kind),
         forwards=by_layer.forwards + by_kind.forwards,
     )
 
@@ -185,15 +206,16 @@ def _story(
     expected: Side,
     groups: Sequence[Group],
     observed: Sequence[Tensor | TopK],
+    right: Sequence[Tensor],
     by_layer: Solution,
     by_kind: Solution,
 ) -> str:
-    if by_layer.explained >= EXPLAINED:
+    if _explains(by_layer):
         return summary(_shares(by_layer), _shares(by_kind))
-    if by_kind.explained >= EXPLAINED:
+    if _explains(by_kind):
         kinds = _shares(by_kind)
         return summary(kinds, kinds).replace("every layer", "every kind of weight")
-    if story := told_by_outputs(expected, groups, observed):
+    if story := told_by_outputs(expected, groups, observed, right):
         return story
     lost = 1 - max(by_layer.explained, by_kind.explained)
     return (
@@ -202,18 +224,22 @@ def _story(
     )
 
 
-def _parts(
-    deltas: Mapping[str, Tensor], key: Callable[[str], str]
-) -> dict[str, list[str]]:
+def _parts(update: Update, key: Callable[[str], str]) -> dict[str, list[str]]:
+    """The update's parameters by what their names, without PEFT's wrappings, say."""
     parts: dict[str, list[str]] = {}
-    for name in deltas:
-        parts.setdefault(key(name), []).append(name)
+    for name in update.deltas:
+        parts.setdefault(key(clean(name)), []).append(name)
     return parts
+
+
+def _explains(found: Solution) -> bool:
+    """Whether what is left is little, or no more than storing in bfloat16 leaves."""
+    return found.explained >= EXPLAINED or found.left <= ROUNDING
 
 
 def _shares(found: Solution) -> tuple[Share, ...]:
     lost = ""
-    if found.explained < EXPLAINED:
+    if not _explains(found):
         lost = f"scaling explains {percent(found.explained)} of the change only"
     return tuple(
         share_of(part, found.shares[part], found.errors[part], lost)

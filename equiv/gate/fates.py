@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from equiv.gate.values import Fate, Share
 from equiv.report.numbers import figure
 
-# Beyond this standard error 0 and 1 are not told apart at four of them.
-UNKNOWN = 0.25
+# Beyond this standard error four of them around 0 and four around 1 overlap.
+UNKNOWN = 0.125
 # Standard errors within which a share is taken for a round one; and the least distance
 # that is called one, whatever the standard error: no fault scales by less.
 SURE, NEAR = 4.0, 0.01
@@ -52,25 +52,39 @@ def share_of(part: str, coefficient: float, error: float, lost: str = "") -> Sha
         return Share(part, None, error, Fate.NOT_IDENTIFIABLE, reason)
     if lost:
         return Share(part, coefficient, error, Fate.OTHER, lost)
-    for value, fate in _ROUND.items():
-        if abs(coefficient - value) <= max(NEAR, SURE * error):
-            return Share(part, coefficient, error, fate)
+    value = min(_ROUND, key=lambda round_one: abs(coefficient - round_one))
+    if abs(coefficient - value) <= max(NEAR, SURE * error):
+        return Share(part, coefficient, error, _ROUND[value])
     reason = f"applied times {figure(coefficient)}"
     return Share(part, coefficient, error, Fate.SCALED, reason)
 
 
 def told(part: str, coefficient: float, error: float, story: str) -> Share:
     """A share of a matrix whose story is known from its weights."""
+    known = error <= UNKNOWN
+    if not story and not known:
+        hidden = "ΔW is lost in the rounding of the weights"
+        return Share(part, None, error, Fate.NOT_IDENTIFIABLE, hidden)
     if not story:
         return Share(part, coefficient, error, Fate.APPLIED)
+    if not known:
+        return Share(part, None, error, _STORIES.get(story, Fate.OTHER), story)
     scaled = Fate.SCALED if story.startswith("applied times") else Fate.OTHER
     return Share(part, coefficient, error, _STORIES.get(story, scaled), story)
 
 
 def pooled(part: str, shares: Sequence[Share], weights: Sequence[float]) -> Share:
     """The share of a layer or kind from its matrices', weighted by ‖ΔW‖²."""
-    total = sum(weights)
-    pairs = list(zip(shares, weights, strict=True))
+    known = [
+        (s, w)
+        for s, w in zip(shares, weights, strict=True)
+        if s.fate is not Fate.NOT_IDENTIFIABLE
+    ]
+    if not known:
+        reason = shares[0].reason
+        return Share(part, None, None, Fate.NOT_IDENTIFIABLE, reason)
+    pairs, shares = known, [s for s, _ in known]
+    total = sum(w for _, w in pairs)
     mean = sum(w * (s.coefficient or 0.0) for s, w in pairs) / total
     error = sum((w * (s.uncertainty or 0.0)) ** 2 for s, w in pairs) ** 0.5 / total
     if alike(shares):
@@ -103,9 +117,12 @@ def summary(layers: Sequence[Share], kinds: Sequence[Share]) -> str:
     hidden = len(layers) - len(known)
     unknown = f" ({hidden} of {len(layers)} not identifiable)" if hidden else ""
     wrong = [s for s in known if s.fate is not Fate.APPLIED]
-    if not wrong:
-        return "applied in every layer" + unknown
     odd = [s for s in kinds if s.fate not in (Fate.APPLIED, Fate.NOT_IDENTIFIABLE)]
+    if not wrong and not odd:
+        return "applied in every layer" + unknown
+    if not wrong:
+        said = "; ".join(f"{s.part} {_phrase(s)}" for s in odd[:3])
+        return f"on the average of all layers {said}{unknown}"
     if len(wrong) == len(known) and alike(wrong) and wrong[0].fate is not Fate.OTHER:
         return f"every layer {_together(wrong)}" + unknown
     mixed, clear = (sum(_MIXED in s.reason for s in part) for part in (wrong, odd))

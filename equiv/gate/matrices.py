@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from equiv.gate.faults import faults, layer_of
-from equiv.gate.rounding import half_ulp, product_error, weight_bound
+from equiv.gate.rounding import (
+    half_ulp,
+    product_error,
+    unit_roundoff,
+    weight_bound,
+)
 from equiv.gate.sides import Side
 from equiv.gate.values import WeightDifference
 from equiv.update.low_rank import LowRank
 
 # A fault explains a matrix when it leaves at most this share of the wrong entries.
 EXPLAINED = 0.01
+# Roundings of the whole weight in merges that rescale it (DoRA: norm, share, product).
+MERGED = 4.0
 # Entries may each lie within their bound and yet all lean one way. In a right merge the
 # leanings are rounding errors of random sign: their sum is beyond this many standard
 # errors in one of a billion matrices.
@@ -40,8 +47,58 @@ def different(
     for name in names:
         if made := _compared(actual, expected, name, rtol, atol):
             found.append(made)
+    found += _buffers(actual, expected)
     found.sort(key=lambda row: -row.largest / max(row.tolerance, 1e-300))
     return found, len(names)
+
+
+def _buffers(actual: Side, expected: Side) -> list[WeightDifference]:
+    """Buffers that differ: rotary frequencies, running means."""
+    mine, theirs = actual.buffers(), expected.buffers()
+    found = []
+    for name in mine.keys() & theirs.keys():
+        one, two = mine[name].double(), theirs[name].double().to(mine[name].device)
+        if one.shape != two.shape:
+            shapes = (
+                f"a buffer of shape {tuple(one.shape)}, expected {tuple(two.shape)}"
+            )
+            found.append(_whole(name, one, shapes))
+            continue
+        bound = half_ulp(two, mine[name].dtype) + half_ulp(two, theirs[name].dtype)
+        apart = (one - two).abs()
+        wrong = ~(apart <= bound)
+        if bool(wrong.any()):
+            place = int((apart / bound.clamp_min(1e-300)).argmax())
+            where = torch.unravel_index(torch.tensor(place), two.shape)
+            found.append(
+                WeightDifference(
+                    name,
+                    layer_of(name),
+                    two.numel(),
+                    int(wrong.sum()),
+                    float(apart.flatten()[place]),
+                    tuple(int(i) for i in where),
+                    float(bound.flatten()[place]),
+                    _rounded(one, two) or "another buffer",
+                )
+            )
+    return found
+
+
+def _rounded(value: Tensor, exact: Tensor) -> str:
+    """Whether a buffer was rounded on its way, and to what."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(value, exact.to(dtype).double()):
+            return f"rounded to {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _whole(name: str, value: Tensor, story: str) -> WeightDifference:
+    """A difference of all entries, where none can be compared with another."""
+    count = value.numel()
+    return WeightDifference(
+        name, layer_of(name), count, count, math.inf, (), 0.0, story
+    )
 
 
 def _compared(
@@ -50,16 +107,8 @@ def _compared(
     value, exact = actual.exact(name), expected.exact(name)
     value = value.to(exact.device)
     if value.shape != exact.shape:
-        return WeightDifference(
-            name,
-            layer_of(name),
-            value.numel(),
-            value.numel(),
-            math.inf,
-            (),
-            0.0,
-            f"of shape {tuple(value.shape)}, expected {tuple(exact.shape)}",
-        )
+        shapes = f"of shape {tuple(value.shape)}, expected {tuple(exact.shape)}"
+        return _whole(name, value, shapes)
     bound = tolerance(actual, expected, name, exact, rtol, atol)
     apart = (value - exact).abs()
     wrong = ~(apart <= bound)  # also where it is NaN
@@ -101,16 +150,20 @@ def leaning(actual: Side, expected: Side, name: str) -> tuple[float, float, floa
     if delta is None:
         return 1.0, 0.0, 0.0
     right, value = expected.exact(name), actual.exact(name)
+    dtype = torch.float64
     if actual.update is None:
-        right = right.to(actual.weights()[name].dtype).double()
+        dtype = actual.weights()[name].dtype
+        right = right.to(dtype).double()
     delta, value = delta.to(right.device), value.to(right.device)
-    along = (value - right) * delta
-    spread = float(along.square().sum()) ** 0.5
     size = float(((right - expected.weights()[name].double()) * delta).sum())
     if not size:
         return 1.0, math.inf, 0.0
+    along = (value - right) * delta
+    spread = float(along.square().sum()) ** 0.5
     total = float(along.sum())
-    return 1 + total / size, spread / size, total / spread if spread else 0.0
+    # A rounding error is spread evenly over ±½ ulp: its variance is a third of that².
+    noise = float((half_ulp(right, dtype) * delta).square().sum() / 3) ** 0.5
+    return 1 + total / size, noise / abs(size), total / spread if spread else 0.0
 
 
 def tolerance(
@@ -124,17 +177,34 @@ def tolerance(
     """Largest difference allowed, element by element."""
     if rtol is not None or atol is not None:
         return (rtol or 0.0) * exact.abs() + (atol or 0.0)
+    if actual.update is not None and expected.update is None:
+        return tolerance(expected, actual, name, actual.exact(name))
     dtype = actual.weights()[name].dtype
     if actual.update is None:
         delta = expected.factors(name)
         dense = delta.dense() if isinstance(delta, LowRank) else delta
         bound = weight_bound(exact, dense, dtype, product_error(delta))
+        weight = expected.weights()[name]
+        if dense is not None and _is_merged(expected):
+            bound = bound + MERGED * unit_roundoff(dtype) * exact.abs()
+        if delta is not None and _coarser(dtype, weight.dtype):
+            # The base may have been rounded to the dtype before the update was added.
+            bound = bound + half_ulp(weight.double(), dtype)
     else:  # nothing was stored: both are sums in float64
         bound = half_ulp(exact, torch.float64) * 4
     if expected.update is None and expected.weights()[name].dtype != torch.float64:
         # What is expected was stored too, rounded once itself.
         bound = bound + half_ulp(exact, expected.weights()[name].dtype)
     return bound
+
+
+def _is_merged(side: Side) -> bool:
+    """Whether the update was read off a merge by PEFT, which rounds W + ΔW too."""
+    return side.update is not None and side.update.source.endswith(" adapter")
+
+
+def _coarser(one: torch.dtype, other: torch.dtype) -> bool:
+    return torch.finfo(one).eps > torch.finfo(other).eps
 
 
 def story(actual: Side, expected: Side, name: str, value: Tensor, count: int) -> str:

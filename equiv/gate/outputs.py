@@ -7,7 +7,7 @@ vocabulary: a constant added to all of them changes no prediction, and log-proba
 are logits less such a constant.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from equiv.errors import OutputsError
+from equiv.errors import ArgumentError, OutputsError
 from equiv.gate.sides import Side, TopK
 from equiv.model.batches import Batch
-from equiv.model.guard import measured
+from equiv.model.guard import kept, measured
 from equiv.model.precision import arithmetic
 from equiv.model.sites import model_output
 from equiv.steering.apply import steer
+
+# Logits in one group of rows; a diagnosis holds as many tensors of them as an update
+# has parts, in float64.
+GROUP_LOGITS = 2**22
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,39 @@ class Group:
     index: tuple[int, ...]
 
 
-def rows_of(batches: Sequence[Batch]) -> list[Group]:
-    """The rows of token ids in batches, without padding, by length."""
+def rows_of(batches: Sequence[Batch], vocabulary: int | None) -> list[Group]:
+    """The rows of token ids in batches, without padding, by length.
+
+    Groups are small enough for the logits of each, at every part of an update, to stand
+    in memory together.
+
+    Raises:
+        ArgumentError: If the inputs are no token ids.
+    """
     rows: dict[int, list[tuple[int, Tensor]]] = {}
     for batch in batches:
+        ids = batch.arguments.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ArgumentError(
+                "Expected `inputs` to be token ids (or texts) where outputs are "
+                f"compared, got {sorted(n or 'features' for n in batch.arguments)}."
+            )
         for i, n in enumerate(batch.index):
-            row = batch.arguments["input_ids"][i][batch.mask[i]]
+            row = ids[i][batch.mask[i]]
             rows.setdefault(len(row), []).append((n, row))
-    return [
-        Group(torch.stack([row for _, row in found]), tuple(n for n, _ in found))
-        for _, found in sorted(rows.items())
-    ]
+    groups = []
+    for length, found in sorted(rows.items()):
+        step = max(1, GROUP_LOGITS // (length * (vocabulary or 1)))
+        for start in range(0, len(found), step):
+            part = found[start : start + step]
+            ids = torch.stack([row for _, row in part])
+            groups.append(Group(ids, tuple(n for n, _ in part)))
+    return groups
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Logits per token, where the configuration says so."""
+    return getattr(getattr(model, "config", None), "vocab_size", None)
 
 
 def as_batches(groups: Sequence[Group]) -> list[Batch]:
@@ -57,33 +83,32 @@ def as_batches(groups: Sequence[Group]) -> list[Batch]:
     ]
 
 
-def exact(side: Side, group: Group) -> Tensor:
+def exact(side: Side, groups: Sequence[Group]) -> list[Tensor]:
     """Logits of the base with its update (or steering) in float64, [batch, seq, v]."""
-    assert side.model is not None
-    tensors = {name: side.exact(name) for name in side.weights()}
-    return _run(side, group, tensors, torch.float64)
+    return _run(side, groups, torch.float64)
 
 
-def stored(side: Side, group: Group, dtype: torch.dtype) -> Tensor:
+def stored(side: Side, groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor]:
     """Logits with the weights rounded to a dtype, and computed in it."""
-    assert side.model is not None
-    tensors = {name: side.exact(name).to(dtype) for name in side.weights()}
-    return _run(side, group, tensors, dtype).double()
+    return [logits.double() for logits in _run(side, groups, dtype)]
 
 
-def _run(
-    side: Side, group: Group, tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> Tensor:
+def _run(side: Side, groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor]:
     model = side.model
     assert model is not None
-    buffers = {
+    tensors = side.tensors(dtype)
+    tensors |= {
         name: buffer.to(dtype) if buffer.is_floating_point() else buffer.clone()
         for name, buffer in model.named_buffers()
     }
-    call = {"input_ids": group.ids.to(_device(model)), "use_cache": False}
+    found = []
     with measured(model), arithmetic(dtype), steer(model, side.steering or {}):
-        out: Any = functional_call(model, {**tensors, **buffers}, (), call)
-    return _checked(model_output(out), group, side)
+        for group in groups:
+            call = {"input_ids": group.ids.to(_device(model)), "use_cache": False}
+            with kept(model):
+                out: Any = functional_call(model, tensors, (), call)
+            found.append(_checked(model_output(out), group, side))
+    return found
 
 
 def answered(side: Side, group: Group) -> Tensor | TopK:
@@ -100,7 +125,7 @@ def answered(side: Side, group: Group) -> Tensor | TopK:
     assert model is not None
     if side.update is not None:
         assert side.dtype is not None
-        return stored(side, group, side.dtype)
+        return stored(side, [group], side.dtype)[0]
     with measured(model), steer(model, side.steering or {}):
         call = {"input_ids": group.ids.to(_device(model)), "use_cache": False}
         out: Any = model(**call)
@@ -164,6 +189,17 @@ def _topk(found: object, group: Group, side: Side) -> TopK | None:
         found = TopK(*found)
     if not isinstance(found, TopK):
         return None
+    for part in (found.ids, found.log_probs):
+        if not isinstance(part, Tensor):
+            raise OutputsError(
+                f"{side.name}: expected a tensor of logits, or two tensors of token "
+                f"ids and log-probabilities, got {type(part).__name__}."
+            )
+    if found.ids.is_floating_point() or bool((found.ids < 0).any()):
+        raise OutputsError(
+            f"{side.name}: expected token ids, integers from 0, beside the "
+            f"log-probabilities, got {found.ids.dtype} from {found.ids.min().item()}."
+        )
     lead = tuple(group.ids.shape)
     if found.ids.shape[:2] != lead or found.ids.shape != found.log_probs.shape:
         raise OutputsError(

@@ -99,8 +99,8 @@ def _outputs(
     scaled = {key: s.scaled(strength) for key, s in expected.steering.items()}
     side = replace(expected, steering=scaled)
     return [
-        pair(observed, exact(side, group))[1]
-        for group, observed in zip(groups, seen, strict=True)
+        pair(observed, logits)[1]
+        for observed, logits in zip(seen, exact(side, groups), strict=True)
     ]
 
 

@@ -24,6 +24,7 @@ in bfloat16 does to the outputs, is added in proportion to how much of n is left
 part is not identifiable when it moves no output, or only as other parts do.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,11 +32,14 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from equiv.gate.outputs import Group, centred, pair
+from equiv.gate.outputs import centred, pair
 from equiv.gate.sides import TopK
 from equiv.model.stages import Stage, StagedModel
+from equiv.update.low_rank import Delta, LowRank
 
 ITERATIONS = 12
+# With fewer sequences than this each is divided: from one alone Jᵀr is zero at the end.
+CLUSTERS = 8
 SETTLED = 1e-4  # largest change of a coefficient that ends the iteration
 HALVINGS = 6
 START = 0.5
@@ -52,7 +56,7 @@ class Solution:
         shares: c per part.
         errors: Standard error per part; infinite where it is not identifiable.
         explained: 1 − ‖y − z(c)‖² / (‖y − z(0)‖ + ‖y − z(1)‖)².
-        left: Relative size of y − z(c), ‖·‖/‖y‖.
+        left: ‖y − z(c)‖ / ‖n‖: what is left, in units of storing in bfloat16.
         iterations: Linearisations made.
         forwards: Cost, in forwards of the model: each part's `jvp` costs three from the
             first stage that it touches on.
@@ -68,9 +72,8 @@ class Solution:
 
 def solve(
     cut: StagedModel,
-    groups: Sequence[Group],
     observed: Sequence[Tensor | TopK],
-    deltas: Mapping[str, Tensor],
+    deltas: Mapping[str, Delta],
     parts: Mapping[str, Sequence[str]],
     rounding: Sequence[Tensor],
     start: float = START,
@@ -79,9 +82,8 @@ def solve(
 
     Args:
         cut: The base cut into stages, one batch per group of rows.
-        groups: The rows.
         observed: The outputs of each group.
-        deltas: ΔW by parameter name, float64.
+        deltas: ΔW by parameter name.
         parts: Names of the parameters of each part.
         rounding: n of each group, logits.
         start: Where c starts, for all parts.
@@ -113,7 +115,7 @@ def solve(
         dict(zip(names, c.tolist(), strict=True)),
         dict(zip(names, errors, strict=True)),
         explained,
-        (left / here.size) ** 0.5 if here.size else 0.0,
+        (left / here.noise) ** 0.5 if here.noise else math.inf,
         iterations,
         run.forwards,
     )
@@ -138,7 +140,7 @@ class _Linearised:
     def __init__(
         self,
         cut: StagedModel,
-        deltas: Mapping[str, Tensor],
+        deltas: Mapping[str, Delta],
         part_of: Mapping[str, int],
         count: int,
         observed: Sequence[Tensor | TopK],
@@ -158,7 +160,7 @@ class _Linearised:
         streams = [(None, {}) for _ in self.cut.batches]
         for stage in self.cut.stages:
             tensors = self.cut.tensors(stage)
-            own = {n: self.deltas[n] for n in stage.names if n in self.deltas}
+            own = {n: _dense(self.deltas[n]) for n in stage.names if n in self.deltas}
             tensors |= {n: tensors[n] + c[self.part_of[n]] * d for n, d in own.items()}
             for i, (h, dh) in enumerate(streams):
                 reached = self._through(stage, tensors, own, h, dh, i, slopes)
@@ -234,10 +236,25 @@ class _Linearised:
         point.normal += torch.einsum("pbf,qbf->pq", flat, flat)
         each = torch.einsum("pbf,bf->bp", flat, rest.flatten(1))
         point.slope += each.sum(0)
-        point.clusters += list(each)
+        point.clusters += _clusters(columns, rest)
         noise = _observed_slope(seen, logits, self.rounding[batch])
         point.noise += float(noise.square().sum())
         point.leaning += torch.einsum("pbf,bf->p", flat, noise.flatten(1))
+
+
+def _dense(delta: Delta) -> Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta.double()
+
+
+def _clusters(columns: Tensor, rest: Tensor) -> list[Tensor]:
+    """Jᵀr of each sequence, or of parts of it where there are few sequences."""
+    batch, seq = rest.shape[:2]
+    pieces = min(seq, -(-CLUSTERS // batch))
+    return [
+        torch.einsum("psf,sf->p", columns[:, row, part], rest[row, part])
+        for row in range(batch)
+        for part in torch.arange(seq).tensor_split(pieces)
+    ]
 
 
 def _observed_slope(seen: Tensor | TopK, logits: Tensor, tangent: Tensor) -> Tensor:
@@ -266,6 +283,8 @@ def _errors(point: _Point) -> list[float]:
     meat = torch.zeros_like(point.normal)
     for each in point.clusters:
         meat += torch.outer(each, each)
+    count = len(point.clusters)
+    meat *= count / max(1, count - len(values))  # parameters use up clusters
     spread = (bread @ meat @ bread).diagonal().clamp_min(0)
     bias = bread @ point.leaning
     # One draw of the rounding: where a part's happens to be small, take the usual size.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from equiv.errors import ArgumentError
 from equiv.model.guard import check_model
 from equiv.model.loading import load_saved
-from equiv.model.sites import SiteKey
+from equiv.model.sites import SiteKey, model_output
 from equiv.steering.forms import Steering
+from equiv.update.adapters import clean, is_own
 from equiv.update.low_rank import LowRank
 from equiv.update.sources import is_peft, resolve
 from equiv.update.update import Update
@@ -65,34 +67,51 @@ class Side:
         kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         return max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
+    @cached_property
+    def _first_names(self) -> dict[str, str]:
+        """Every name of a weight, without PEFT's wrappings → its name in the model."""
+        assert self.model is not None
+        first = {id(p): name for name, p in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {clean(name): first[id(p)] for name, p in every if is_own(name)}
+
+    def real_name(self, name: str) -> str:
+        """The name under which a weight stands in the model and in its updates."""
+        return self._first_names[name]
+
     def weights(self) -> dict[str, Tensor]:
         """Parameters by name, tied ones under each of their names, without updates."""
         assert self.model is not None
-        named = self.model.named_parameters(remove_duplicate=False)
-        return {name: parameter.detach() for name, parameter in named}
+        own = dict(self.model.named_parameters())
+        return {name: own[first].detach() for name, first in self._first_names.items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Floating buffers by name: rotary frequencies, running means."""
+        assert self.model is not None
+        named = self.model.named_buffers()
+        return {clean(n): b for n, b in named if b.is_floating_point() and is_own(n)}
+
+    def factors(self, name: str) -> LowRank | Tensor | None:
+        """ΔW of one parameter as the update has it, a tensor in float64."""
+        if self.update is None:
+            return None
+        found = self.update.deltas.get(self._first_names[name])
+        return found.double() if isinstance(found, Tensor) else found
 
     def delta(self, name: str) -> Tensor | None:
         """ΔW of one parameter in float64; `None` where nothing is added."""
         found = self.factors(name)
         return found.dense() if isinstance(found, LowRank) else found
 
-    def factors(self, name: str) -> LowRank | Tensor | None:
-        """ΔW of one parameter as the update has it, a tensor in float64."""
-        if self.update is None:
-            return None
-        found = self.update.deltas.get(self._first_name(name))
-        return found.double() if isinstance(found, Tensor) else found
-
     def exact(self, name: str) -> Tensor:
         """W + ΔW of one parameter, in float64."""
         weight, delta = self.weights()[name].double(), self.delta(name)
         return weight if delta is None else weight + delta.to(weight.device)
 
-    def _first_name(self, name: str) -> str:
-        """The name under which a tied weight stands in an update."""
-        assert self.model is not None
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return next(n for n, weight in named.items() if weight is named[name])
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """W + ΔW of all, rounded to a dtype, under the model's own names, each once."""
+        first = {real: name for name, real in self._first_names.items()}
+        return {real: self.exact(name).to(dtype) for real, name in first.items()}
 
 
 def as_side(value: object, role: str) -> Side:
@@ -115,7 +134,7 @@ def as_side(value: object, role: str) -> Side:
         adapted: Any = value
         return Side(
             f"a {type(adapted.get_base_model()).__name__} with an adapter",
-            ask=lambda ids: adapted(input_ids=ids, use_cache=False).logits,
+            ask=lambda ids: _in_eval(adapted, ids),
         )
     if isinstance(value, nn.Module):
         check_model(value)
@@ -126,6 +145,17 @@ def as_side(value: object, role: str) -> Side:
         f"Expected `{role}` to be a model, a directory, (model, update), (model, "
         f"steering) or a function from token ids to logits, got {type(value).__name__}."
     )
+
+
+def _in_eval(adapted: Any, ids: Tensor) -> Tensor:
+    """What a `PeftModel` answers without dropout; it is left in its own mode."""
+    modes = [(module, module.training) for module in adapted.modules()]
+    adapted.eval()
+    try:
+        return model_output(adapted(input_ids=ids, use_cache=False))
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _pair(model: object, second: object, role: str) -> Side:

@@ -16,13 +16,16 @@ EXPLAINED = 0.05
 
 
 def told_by_outputs(
-    expected: Side, groups: Sequence[Group], observed: Sequence[Tensor | TopK]
+    expected: Side,
+    groups: Sequence[Group],
+    observed: Sequence[Tensor | TopK],
+    right: Sequence[Tensor],
 ) -> str:
     """The fault whose outputs are the observed ones; "" if none is."""
-    reference = _distance([exact(expected, g) for g in groups], observed)
+    reference = _distance(right, observed)
     best, left = "", EXPLAINED * reference
     for story, side in stories(expected):
-        found = _distance([exact(side, g) for g in groups], observed)
+        found = _distance(exact(side, groups), observed)
         if found <= left:
             best, left = story, found
     return best
@@ -31,11 +34,11 @@ def told_by_outputs(
 def stories(expected: Side) -> Iterator[tuple[str, Side]]:
     """Named faults of merging an update, as sides."""
     assert expected.update is not None
-    deltas = {
-        n: d for n in expected.update.deltas if (d := expected.delta(n)) is not None
-    }
-    for story, made in _misplaced(expected.weights(), deltas):
-        yield story, replace(expected, update=Update(made, {}, story))
+    weights = expected.weights()
+    deltas = {n: d for n in weights if (d := expected.delta(n)) is not None}
+    for story, made in _misplaced(weights, deltas):
+        real = {expected.real_name(name): delta for name, delta in made.items()}
+        yield story, replace(expected, update=Update(real, {}, story))
 
 
 def _misplaced(

@@ -31,7 +31,8 @@ class OutputDifference:
 
     A token's difference is relative: ‖actual − expected‖ / ‖expected‖ over its logits
     or log-probabilities, each less its mean. `largest` is the largest of them, in
-    sequence `sequence` at position `position`.
+    sequence `sequence` at position `position`. `undecided` says that outputs which
+    agree would do so without the update too.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class OutputDifference:
     position: int
     same_top: float
     looks_like: str
+    undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Agreement:
         only_actual: Parameters that only the actual side has.
         only_expected: Parameters that only the expected side has.
         looks_like: The likeliest story of all differences together.
+        settings: Settings of the two that differ and change what they compute.
         format: Number of the file format of `to_json`.
     """
 
@@ -70,6 +73,7 @@ class Agreement:
     only_actual: tuple[str, ...] = ()
     only_expected: tuple[str, ...] = ()
     looks_like: str = ""
+    settings: tuple[str, ...] = ()
     format: int = FORMAT
 
     @property
@@ -79,7 +83,9 @@ class Agreement:
             self.weights
             or self.only_actual
             or self.only_expected
+            or self.settings
             or (self.outputs is not None and self.outputs.wrong)
+            or (self.outputs is not None and self.outputs.undecided)
         )
 
     @property
@@ -180,8 +186,8 @@ class Diagnosis:
     @property
     def applied(self) -> bool:
         """Whether every part of the update was applied, as far as can be told."""
-        told = [s for s in (*self.layers, *self.kinds) if s.coefficient is not None]
-        return bool(told) and all(s.fate is Fate.APPLIED for s in told)
+        fates = {share.fate for share in (*self.layers, *self.kinds)}
+        return fates - {Fate.NOT_IDENTIFIABLE} == {Fate.APPLIED}
 
     def to_json(self, path: str | Path) -> None:
         """Write it as JSON; the file is whole or absent."""

@@ -29,6 +29,9 @@ def reason(found: Agreement) -> str:
         for name in names[:1]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(f"only the {side} side has `{name}`{more}")
+    for setting in found.settings[:1]:
+        more = f" and {len(found.settings) - 1} more" if len(found.settings) > 1 else ""
+        parts.append(f"another setting: {setting}{more}")
     out = found.outputs
     if out is not None and out.wrong:
         parts.append(
@@ -37,6 +40,8 @@ def reason(found: Agreement) -> str:
             f"{percent(out.tolerance)}; {out.wrong} of {out.tokens} tokens differ"
             + ("" if found.weights else f" ({found.rule})")
         )
+    if out is not None and out.undecided:
+        return f"not decided: {found.looks_like}"
     if found.looks_like:
         parts.append(f"looks like: {found.looks_like}")
     return "; ".join(parts)

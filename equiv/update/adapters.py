@@ -57,7 +57,7 @@ def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
             "Expected a kind that PEFT can merge."
         ) from None
     source = model if apart and model is not None else base
-    before = {_clean(n): p for n, p in source.named_parameters() if _is_own(n)}
+    before = {clean(n): p for n, p in source.named_parameters() if is_own(n)}
     after = dict(merged.named_parameters())
     return Update.from_state_dicts(before, after, source=f"{kind} adapter")
 
@@ -68,7 +68,7 @@ def _check_untied(base: nn.Module) -> None:
     for name, module in base.named_modules():
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
         if uses[id(weight)] > 1:
-            raise tied_error(_clean(name))
+            raise tied_error(clean(name))
 
 
 def tied_error(module: str) -> UpdateError:
@@ -145,7 +145,7 @@ def from_directory(path: str | Path, model: nn.Module | None = None) -> Update:
 
 def _is_copy(name: str, stored: Tensor, own: Mapping[str, Tensor]) -> bool:
     """Whether a stored weight is the base's own, to the rounding of either dtype."""
-    weight = own.get(_clean(name.removeprefix("base_model.model.")))
+    weight = own.get(clean(name.removeprefix("base_model.model.")))
     if weight is None or weight.shape != stored.shape:
         return False
     rounding = max(torch.finfo(t.dtype).eps for t in (weight, stored))
@@ -289,14 +289,20 @@ def _lora_factors(base: nn.Module) -> dict[str, Delta]:
         if parts:
             left = torch.cat([part.left for part in parts], dim=1)
             right = torch.cat([part.right for part in parts], dim=0)
-            deltas[f"{_clean(name)}.weight"] = LowRank(left, right)
+            deltas[f"{clean(name)}.weight"] = LowRank(left, right)
     return deltas
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
     """Whether a parameter belongs to the base and not to an adapter."""
     return not re.search(r"\.(lora_|modules_to_save|ia3_|hada_|lokr_|oft_|vera_)", name)
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
+    """The name that a parameter had before PEFT wrapped its module.
+
+    Example:
+        >>> clean("layers.0.q_proj.base_layer.weight")
+        'layers.0.q_proj.weight'
+    """
     return name.replace(".base_layer", "").replace(".original_module", "")
