@@ -289,3 +289,19 @@ def test_pages_need_their_extra(
         with pytest.raises(equiv.MissingExtraError, match=r"equiv\[report\]"):
             call()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_loss_is_shown_where_there_are_labels() -> None:
+    model = transformer("llama", seed=1, dtype=torch.float32)
+    update = equiv.Update.random(model, 0.05, seed=2)
+    ids = torch.randint(3, 32, (16, 9), generator=torch.Generator().manual_seed(0))
+    report = equiv.check(model, update, {"input_ids": ids, "labels": ids})
+    none = next(b for b in report.behaviour if b.rung == "unsteered")
+    assert none.loss is not None and none.loss_tuned is not None
+    said = f"Loss on the labels: {figure(none.loss)} unsteered, "
+    assert said in " ".join(str(report).split())
+    page = html.to_html(report)
+    assert f"<td>{figure(none.loss)}</td>" in page
+    assert f"loss on the labels is {figure(none.loss_tuned)} nats" in page
+    plain = html.to_html(equiv.check(model, update, ids))
+    assert "loss" not in plain.split("<h2>Behaviour</h2>")[1]

@@ -162,6 +162,7 @@ def _best_lines(report: "Report") -> Iterator[str]:
                 f"below {figure(row.distance_p999)}, largest "
                 f"{figure(row.distance_max)}), same top token {percent(row.same_top)}"
             )
+            yield from _losses(report, row)
         else:
             yield (
                 f"{where}: output off by {percent(row.output_difference)}, cosine "
@@ -177,6 +178,16 @@ def _best_lines(report: "Report") -> Iterator[str]:
             f"layer {r.layers} at {r.site} {percent(r.recovered)}" for r in alone
         )
         yield f"Best single layers ({alone[0].rung}): {said}."
+
+
+def _losses(report: "Report", row: Behaviour) -> Iterator[str]:
+    """The loss on the labels, where the inputs had any."""
+    none = unsteered(report)
+    if row.loss is not None and none is not None:
+        yield (
+            f"Loss on the labels: {figure(none.loss)} unsteered, {figure(row.loss)} "
+            f"steered, {figure(row.loss_tuned)} tuned."
+        )
 
 
 def _fits(report: "Report") -> Iterator[RenderableType]:
