@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from gallery import NAMES, PLAIN, reports
 
 import equiv
@@ -18,6 +19,7 @@ from equiv.report.numbers import figure
 from equiv.report.prose import joined
 from equiv.report.report import Report
 from equiv.report.values import Scope
+from equiv.testing.models import transformer
 
 
 @pytest.mark.parametrize("name", NAMES)
