@@ -19,6 +19,8 @@ from equiv.update.low_rank import LowRank
 
 # A fault explains a matrix when it leaves at most this share of the wrong entries.
 EXPLAINED = 0.01
+# Wrong entries that a fault has to explain before all are looked at.
+SAMPLE = 4096
 # Roundings of the whole weight in merges that rescale it (DoRA: norm, share, product).
 MERGED = 4.0
 # Entries may each lie within their bound and yet all lean one way. In a right merge the
@@ -133,7 +135,7 @@ def _compared(
         largest=float(apart.flatten()[worst]),
         where=where,
         tolerance=float(bound.flatten()[worst]),
-        looks_like=by_average or story(actual, expected, name, value, count),
+        looks_like=by_average or story(actual, expected, name, value, wrong),
     )
 
 
@@ -207,24 +209,54 @@ def _coarser(one: torch.dtype, other: torch.dtype) -> bool:
     return torch.finfo(one).eps > torch.finfo(other).eps
 
 
-def story(actual: Side, expected: Side, name: str, value: Tensor, count: int) -> str:
-    """What a wrong matrix looks like, by the fault that explains it best."""
+def story(actual: Side, expected: Side, name: str, value: Tensor, wrong: Tensor) -> str:
+    """What a wrong matrix looks like, by the fault that explains it best.
+
+    Args:
+        actual: The side whose matrix is wrong.
+        expected: The other side.
+        name: The matrix.
+        value: What it is, in float64.
+        wrong: Its entries outside the bound.
+    """
     dtype = actual.weights()[name].dtype
+    count = int(wrong.sum())
+    places = torch.nonzero(wrong.flatten()).flatten()
+    some = places[:: max(1, len(places) // SAMPLE)]
     best, left = "", count
     product = product_error(expected.factors(name))
     for fault in faults(expected, name):
-        made = fault.weight.to(value.device)
         twice = 2 * product if fault.update is not None else 0.0  # "applied twice"
-        bound = weight_bound(made, fault.update, dtype, twice)
-        wrong = int((~((value - made).abs() <= bound)).sum())
-        if wrong < left:
-            best, left = fault.story, wrong
+        look = (value, fault.weight.to(value.device), fault.update, dtype, twice)
+        if _outside(*look, some) > EXPLAINED * len(some):
+            continue
+        remaining = _outside(*look, None)
+        if remaining < left:
+            best, left = fault.story, remaining
         if not left:
             break
     if best and left <= EXPLAINED * count:
         return best
     scaled = _scale(expected, name, value, dtype, count)
     return scaled or "changed in another way"
+
+
+def _outside(
+    value: Tensor,
+    made: Tensor,
+    update: Tensor | None,
+    dtype: torch.dtype,
+    product: Tensor | float,
+    places: Tensor | None,
+) -> int:
+    """How many entries, of all or of some places, are outside a fault's bound."""
+    if places is not None:
+        value, made = value.flatten()[places], made.flatten()[places]
+        update = None if update is None else update.flatten()[places]
+        if isinstance(product, Tensor):
+            product = product.flatten()[places]
+    bound = weight_bound(made, update, dtype, product)
+    return int((~((value - made).abs() <= bound)).sum())
 
 
 def _scale(
