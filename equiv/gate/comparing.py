@@ -154,27 +154,31 @@ def _outputs(
     limit, rule = _limit(actual, expected, groups, seen, right, rtol, atol)
     found = _compared(expected, groups, seen, wanted, limit, atol)
     story = known.get("looks_like") or found.looks_like
-    if expected.update is not None and right is not None:
-        if found.wrong and not story:
-            story = by_outputs(actual, expected, groups, seen, right).looks_like
-        elif not found.wrong and (unseen := _unseen(expected, groups, right, limit)):
-            found, story = replace(found, undecided=True), unseen
+    if found.wrong and not story and expected.update is not None and right is not None:
+        story = by_outputs(actual, expected, groups, seen, right).looks_like
+    if not found.wrong and right is not None and source is expected:
+        unseen = _unseen(expected, groups, right, limit)
+        found, story = replace(found, undecided=bool(unseen)), unseen
     return {"by_output": rule, "outputs": found, "looks_like": story}
 
 
 def _unseen(
     expected: Side, groups: Sequence[Group], right: Sequence[Tensor], limit: float
 ) -> str:
-    """Why outputs that agree say nothing: the update moves them less than rounding."""
-    plain = exact(replace(expected, update=None), groups)
+    """Why outputs that agree say nothing: what was added moves them less than that."""
+    if expected.update is None and expected.steering is None:
+        return ""
+    what = "update" if expected.steering is None else "steering"
+    plain = exact(replace(expected, update=None, steering=None), groups)
     pairs = (pair(a, b) for a, b in zip(plain, right, strict=True))
     effect = max(float(relative(a, b).max()) for a, b in pairs)
     if effect > limit:
         return ""
     return (
-        f"the update moves these outputs by {percent(effect)} at most, within the "
+        f"the {what} moves these outputs by {percent(effect)} at most, within the "
         f"tolerance of {percent(limit)}: they cannot show whether it was applied; "
-        "compare weights, or give a smaller `rtol=`"
+        + ("compare weights, or give" if what == "update" else "give")
+        + " a smaller `rtol=`"
     )
 
 
