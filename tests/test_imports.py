@@ -42,6 +42,13 @@ PUBLIC = (
     "Update",
     "Report",
     "EquivError",
+    "assert_same",
+    "compare",
+    "diagnose",
+    "Agreement",
+    "Diagnosis",
+    "Completions",
+    "TopK",
 )
 
 
