@@ -103,4 +103,4 @@ def _share(value: float | None) -> str:
     """
     if value is None or not math.isfinite(value):
         return _figure(value)
-    return f"{value:.3f}".replace("-", "−")
+    return share_figure(value)

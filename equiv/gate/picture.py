@@ -114,7 +114,7 @@ def _mark(share: Share, x: float, name: str, figures: bool) -> Mark:
         high=_height(value + BAR * error),
         low=_height(value - BAR * error),
         name=name,
-        figure=figure(round(value, 3)) if figures or outside else "",
+        figure=figure(round(value, 3) + 0.0) if figures or outside else "",
         title=f"{told} ({value:.4f} ± {error:.2g})",
         fate=share.fate,
     )

@@ -123,11 +123,22 @@ def _shares_table(title: str, shares: Sequence[Share]) -> Table:
         known = share.coefficient is not None
         table.add_row(
             share.part,
-            f"{share.coefficient:.3f}" if known else "–",
+            "–" if share.coefficient is None else share_figure(share.coefficient),
             figure(share.uncertainty, 2) if known else "–",
             share.reason or share.fate.value,
         )
     return table
+
+
+def share_figure(value: float) -> str:
+    """A share that was applied, with three decimals; never a zero with a sign.
+
+    Example:
+        >>> share_figure(1.0), share_figure(-0.5), share_figure(-1e-7)
+        ('1.000', '−0.500', '0.000')
+    """
+    text = f"{value:.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", "−")
 
 
 def _plain(made: RenderableType) -> str:
