@@ -7,6 +7,7 @@ from pathlib import Path
 
 from equiv.gate.picture import BOTTOM, LEFT, RIGHT, WIDTH, picture
 from equiv.gate.values import Agreement, Diagnosis
+from equiv.gate.wording import share_figure
 from equiv.report import numbers
 from equiv.report.files import write_text
 from equiv.report.page import page
