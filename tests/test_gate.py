@@ -567,3 +567,20 @@ def test_uncertain_shares_are_not_called_applied() -> None:
         assert share.fate is Fate.NOT_IDENTIFIABLE
     assert share_of("layer 0", 0.4, 0.12).fate is Fate.NOT_APPLIED
     assert share_of("layer 0", 0.6, 0.12).fate is Fate.APPLIED
+
+
+def test_equal_entries_that_round_alike_are_no_lean() -> None:
+    """A norm of ones, all of them moved by one number: 4096 times the same rounding."""
+
+    class Scale(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+
+    for step in range(40):
+        model, moved = Scale(), Scale()
+        delta = torch.full((4096,), 0.001 + 0.0007 * step)
+        with torch.no_grad():
+            moved.weight.copy_(model.weight + delta.bfloat16())
+        found = equiv.compare(moved, (model, {"weight": delta}))
+        assert found.same, found.reason
