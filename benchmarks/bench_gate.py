@@ -10,8 +10,9 @@ Counted are
 - detection: `equiv.compare` says that the two are not the same;
 - location: it names exactly the matrices that were made wrong;
 - story: its line names what was done;
-- invisible: faults that leave no bit of the stored weights other than a right merge
-  does, so that nothing could find them in the weights.
+- invisible, not counted as tried: faults that leave no bit of the stored weights other
+  than a right merge does, and outputs on which the gate itself says that they cannot
+  show what was added, which rounding drowns.
 
 The same faults are then told from logits alone, and hooks that steer wrongly from the
 logits of right ones. At least 500 right merges, made in four ways, must all pass.
@@ -341,8 +342,7 @@ def cases(quick: bool) -> Iterator[Case]:
     for name, base in bases(quick):
         for dtype in DTYPES:
             stored = copy.deepcopy(base).to(dtype).float()
-            # MiniLM's matrices are large: one size of update says what it has to say.
-            for size in SIZES if name != "MiniLM" else SIZES[1:2]:
+            for size in SIZES:
                 deltas = lora_like(stored, size, seed=3)
                 yield Case(name, stored, deltas, size, dtype)
 
@@ -366,6 +366,17 @@ class Tally:
         self.detected += detected
         self.located += located
         self.told += told
+
+    def add_outputs(self, found: equiv.Agreement, located: bool, told: bool) -> None:
+        """Count one case that was told from outputs."""
+        if _undecided(found):
+            self.invisible += 1
+        else:
+            self.add(not found.same, located and not found.same, told)
+
+
+def _undecided(found: equiv.Agreement) -> bool:
+    return found.outputs is not None and found.outputs.undecided
 
 
 def from_weights(case: Case, tallies: dict[str, Tally]) -> None:
@@ -445,7 +456,7 @@ def from_logits(case: Case, tallies: dict[str, Tally]) -> float:
                 return output(wrong, rows)
 
         base = copy.deepcopy(case.base).to(case.dtype)
-        same = equiv.compare(ask, (base, case.update), ids).same
+        compared = equiv.compare(ask, (base, case.update), ids)
         found = equiv.diagnose(base, case.update, ask, ids)
         cost = max(cost, found.forwards)
         told = (
@@ -453,12 +464,13 @@ def from_logits(case: Case, tallies: dict[str, Tally]) -> float:
             if says
             else not found.applied
         )
-        tallies.setdefault(name, Tally()).add(not same, not found.applied, told)
+        tally = tallies.setdefault(name, Tally())
+        tally.add_outputs(compared, not found.applied, told)
     return cost
 
 
 def from_hooks(case: Case, tallies: dict[str, Tally]) -> bool:
-    """Hooks that steer wrongly; returns whether right steering passes."""
+    """Hooks that steer wrongly; returns whether right steering is not refused."""
     ids = torch.randint(3, 19, (6, 10), generator=torch.Generator().manual_seed(0))
     for name, (kind, how, says) in HOOKS.items():
         if "post-norm" in name and case.model != "bert":
@@ -466,9 +478,10 @@ def from_hooks(case: Case, tallies: dict[str, Tally]) -> bool:
         ask, right = steered(case, kind, how)
         found = equiv.compare(ask, right, ids)
         told = any(p in found.looks_like for p in says) if says else not found.same
-        tallies.setdefault(name, Tally()).add(not found.same, told, told)
+        tallies.setdefault(name, Tally()).add_outputs(found, told, told)
     ask, right = steered(case, "scale", 1.0)
-    return equiv.compare(ask, right, ids).same
+    found = equiv.compare(ask, right, ids)
+    return found.same or _undecided(found)
 
 
 def right_merge(case: Case, way: int) -> Any:
@@ -532,15 +545,12 @@ def right_outputs(quick: bool) -> dict[str, int]:
         found = equiv.compare(ask, (base, case.update), ids)
         told = equiv.diagnose(base, case.update, ask, ids)
         count += 1
-        wrong += not found.same
-        undecided += not told.applied
-        if not (found.same and told.applied):
+        if _undecided(found):  # and says so: no outputs could tell
+            undecided += 1
+        elif not (found.same and told.applied):
+            wrong += 1
             print("false alarm:", case.model, case.dtype, case.size, found.reason, told)
-    return {
-        "right_models": count,
-        "false_alarms": wrong,
-        "not_called_applied": undecided,
-    }
+    return {"right_models": count, "false_alarms": wrong, "undecided": undecided}
 
 
 def measure(quick: bool) -> dict[str, Any]:
