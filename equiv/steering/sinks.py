@@ -6,10 +6,9 @@ and nobody means to steer them. Where there is no sink the first token is fitted
 any other: a map that has not seen it, applied to it, is an extrapolation, and the other
 tokens attend to what comes of it.
 
-What tells a sink is the stream after the block, whatever the site: on MiniLM the MLP
-writes 15 to 35 times more at the first token than elsewhere, which the norm after it
-takes away. Full-rank fits at mlp_out that left that token out recovered 33 % of a
-fine-tune's effect, with it 84 %.
+What tells a sink is the stream after the block, whatever the site: in a post-norm
+encoder (MiniLM) the MLP writes far more at the first token than elsewhere, which the
+norm after it takes away, and fits at mlp_out need that token.
 """
 
 import torch
