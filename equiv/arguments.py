@@ -30,7 +30,7 @@ def as_integer(name: str, value: object, low: int, high: int | None = None) -> i
         >>> as_integer("rank", torch.tensor(8), 1)
         8
     """
-    found = _index(value)
+    found = index_of(value)
     if found is None or found < low or (high is not None and found > high):
         bounds = f">= {low}" if high is None else f"in {low}…{high}"
         raise ArgumentError(
@@ -122,7 +122,7 @@ def as_integers(name: str, value: object) -> tuple[int, ...]:
     Raises:
         ArgumentError: If it is no iterable, or one of something else.
     """
-    found = [_index(entry) for entry in _entries(value)]
+    found = [index_of(entry) for entry in _entries(value)]
     if None in found:
         raise ArgumentError(
             f"Expected `{name}` to be integers, as in [0, 1], got {shown(value)}."
@@ -171,22 +171,6 @@ def as_dtype(value: object) -> torch.dtype:
     )
 
 
-def as_site_key(value: object) -> tuple[int, str]:
-    """A pair (layer, site).
-
-    Raises:
-        SiteError: If it is no such pair.
-    """
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
-        layer = _index(value[0])
-        if layer is not None:
-            return layer, value[1]
-    raise SiteError(
-        'Expected a pair (layer, site) of an integer and a name, as in (0, "block_out")'
-        f", got {shown(value)}."
-    )
-
-
 def as_tensor(name: str, value: object) -> Tensor:
     """A dense tensor of an input: itself, or made from an array or nested lists.
 
@@ -217,7 +201,7 @@ def shown(value: object) -> str:
     return reprlib.repr(value)
 
 
-def _index(value: Any) -> int | None:
+def index_of(value: Any) -> int | None:
     """The integer that a value is, else `None`; truth values are no integers."""
     if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
         return None

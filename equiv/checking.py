@@ -53,7 +53,7 @@ def check(
         forms: Forms of steering to fit: "vector", "affine".
         rank: Rank of the affine map; ranks 1 and full are measured beside it.
         target: "block": fits aim at the block output's shift, so that sites can be
-            compared; "site": at the site's own.
+            compared; "shift": at the site's own.
         at: "both", "base" or "midpoint": where the derivative is taken. `holds` judges
             the base, with "midpoint" the midpoint.
         max_remainder: Largest relative remainder at full size for `holds`; `None` asks

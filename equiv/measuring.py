@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from equiv.behaviour.ladder import Ladder
 from equiv.model.batches import Batch, at_most, split
+from equiv.model.sites import read_and_written
 from equiv.model.stages import StagedModel, staged
 from equiv.report import assemble
 from equiv.report.report import Report
@@ -77,8 +78,10 @@ class Measurement:
 
     def _selection(self, cut: StagedModel) -> Selection:
         layers = cut.layers if self.layers is None else self.layers
-        sites = self.settings.sites or cut.stages[0].sites
-        return Selection(frozenset(layers), tuple(sites))
+        return Selection(frozenset(layers), read_and_written(self._asked_sites(cut)))
+
+    def _asked_sites(self, cut: StagedModel) -> tuple[str, ...]:
+        return tuple(self.settings.sites or cut.stages[0].sites)
 
     def calculus(self) -> Calculus:
         """Orders and superposition in float64, on at most 256 tokens."""
@@ -112,7 +115,7 @@ class Measurement:
             selection = self._selection(cut)
             table = Table(selection)
             width = _width(self.model)
-            sites = self._steered_sites(selection)
+            sites = self._steered_sites(self._asked_sites(cut))
             specs = settings.specs(sites, width)
             moments = MomentTable(cut, sites, settings.target)
             ladder = self._ladder(cut, specs, sites)
@@ -141,19 +144,19 @@ class Measurement:
                 notes=tuple(self.notes),
             )
 
-    def _steered_sites(self, selection: Selection) -> tuple[str, ...]:
+    def _steered_sites(self, asked: tuple[str, ...]) -> tuple[str, ...]:
         if self.kind == "random":
             self.notes.append(
                 "not measured: random inputs (radius, fits and behaviour need real "
                 'ones: pass `inputs=`, for instance texts, or "samples")'
             )
             return ()
-        if len(selection.sites) > MODULE_SITES:
+        if len(asked) > MODULE_SITES:
             self.notes.append(
                 f"fits and behaviour for the first {MODULE_SITES} of "
-                f"{len(selection.sites)} sites; choose others with `sites=`"
+                f"{len(asked)} sites; choose others with `sites=`"
             )
-        return selection.sites[:MODULE_SITES]
+        return asked[:MODULE_SITES]
 
     def _ladder(
         self, cut: StagedModel, specs: Sequence[Spec], sites: Sequence[str]

@@ -14,7 +14,7 @@ from equiv.arguments import (
     as_seed,
 )
 from equiv.errors import SiteError
-from equiv.model.sites import SITES
+from equiv.model.sites import SITES, Site
 from equiv.shift.calculus import Curve, RowKey
 from equiv.shift.radius import TOLERANCE
 from equiv.steering.chain import TARGETS, Spec
@@ -81,6 +81,7 @@ def as_settings(
         SiteError: If there is no site among `sites`.
     """
     chosen = None if sites is None else as_names("sites", sites, SITES)
+    chosen = chosen and tuple(dict.fromkeys(Site(name).key for name in chosen))
     if chosen == ():
         raise SiteError("Expected at least one site, got none.")
     if max_remainder is not None:

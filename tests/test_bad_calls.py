@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import equiv
-from equiv.steering.forms import Affine, Vector
+from equiv.steering.affine import Affine
+from equiv.steering.vector import Vector
 from equiv.testing.models import mlp, transformer
 
 IDS = torch.tensor([[3, 9, 4], [5, 6, 7]])
@@ -255,7 +256,7 @@ TABLE = {
     ),
     "a site that is not there": Bad(
         equiv.SiteError,
-        ("attn_out, mlp_in, mlp_out, block_out", "resid"),
+        ("attn_heads, attn_out, resid_mid, mlp_in", "resid"),
         lambda: equiv.check(llama(), random(llama()), IDS, sites=("resid",)),
     ),
     "a submodule that is not there": Bad(
@@ -280,7 +281,7 @@ TABLE = {
     ),
     "a target that is not there": Bad(
         equiv.ArgumentError,
-        ("`target`", "block, site"),
+        ("`target`", "block, shift"),
         lambda: equiv.check(net(), one(), target="logits"),
     ),
     "a point that is not there": Bad(
@@ -522,7 +523,7 @@ TABLE = {
     ),
     "a vector of another width": Bad(
         equiv.ArgumentError,
-        ("(0, '0')", "shape (5, 4)", "expanded size"),
+        ("(0, '0')", "(5, 4)", "got (5, 3)"),
         lambda: steered(net(), {(0, "0"): Vector(torch.ones(3))}),
     ),
     "steering of another shape": Bad(

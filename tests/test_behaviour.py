@@ -260,8 +260,8 @@ def test_samples_come_from_both_models(case: Any) -> None:
 
 def test_target_site_and_block_differ_where_they_should(case: Any) -> None:
     model, update, report = case
-    own = equiv.check(model, update, IDS, rank=4, seed=SEED, target="site")
-    assert {f.target for f in own.fits} == {"site"}
+    own = equiv.check(model, update, IDS, rank=4, seed=SEED, target="shift")
+    assert {f.target for f in own.fits} == {"shift"}
     assert {f.target for f in report.fits} == {"block"}
 
     def misfit(r: Report, site: str) -> float | None:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equiv
+from equiv.steering.affine import Affine
 from equiv.steering.fits import Moments, Regression
-from equiv.steering.forms import Affine, Vector
+from equiv.steering.vector import Vector
 from equiv.testing.models import mlp, transformer
 from equiv.testing.strategies import seeds
 

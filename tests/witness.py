@@ -24,19 +24,52 @@ SWEEP = int(os.environ.get("SWEEP", "1"))
 
 # Family → path of the blocks, and (path inside the block, side) of each site.
 _LLAMA = {
+    "attn_heads": ("self_attn.o_proj", "input"),
     "attn_out": ("self_attn", "output"),
+    "resid_mid": ("post_attention_layernorm", "input"),
     "mlp_in": ("mlp", "input"),
+    "mlp_hidden": ("mlp.down_proj", "input"),
     "mlp_out": ("mlp", "output"),
     "block_out": ("", "output"),
 }
 PLACES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("model.layers", _LLAMA)),
-    "gpt2": ("transformer.h", {**_LLAMA, "attn_out": ("attn", "output")}),
+    "gemma2": (
+        "model.layers",
+        {
+            **_LLAMA,
+            "attn_out": ("post_attention_layernorm", "output"),
+            "resid_mid": ("pre_feedforward_layernorm", "input"),
+            "mlp_out": ("post_feedforward_layernorm", "output"),
+        },
+    ),
+    "olmo2": (
+        "model.layers",
+        {
+            **_LLAMA,
+            "attn_out": ("post_attention_layernorm", "output"),
+            "resid_mid": ("mlp", "input"),
+            "mlp_out": ("post_feedforward_layernorm", "output"),
+        },
+    ),
+    "gpt2": (
+        "transformer.h",
+        {
+            **_LLAMA,
+            "attn_heads": ("attn.c_proj", "input"),
+            "attn_out": ("attn", "output"),
+            "resid_mid": ("ln_2", "input"),
+            "mlp_hidden": ("mlp.c_proj", "input"),
+        },
+    ),
     "bert": (
         "bert.encoder.layer",
         {
+            "attn_heads": ("attention.output.dense", "input"),
             "attn_out": ("attention.output.dense", "output"),
+            "resid_mid": ("attention.output", "output"),
             "mlp_in": ("intermediate", "input"),
+            "mlp_hidden": ("output.dense", "input"),
             "mlp_out": ("output.dense", "output"),
             "block_out": ("", "output"),
         },

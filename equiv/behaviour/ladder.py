@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from equiv.behaviour.distance import Distances
-from equiv.model.sites import LOGITS, Steer
+from equiv.model.sites import LOGITS, Site, Steer
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.traces import Trace
 from equiv.steering.chain import Chain, Spec, Stream, aim
 from equiv.steering.fits import Moments, Regression
-from equiv.steering.forms import Overwrite, Steering
+from equiv.steering.forms import Steering
+from equiv.steering.oracle import Overwrite
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 ORACLES = ("first-order oracle", "midpoint oracle", "exact oracle")
@@ -77,7 +78,9 @@ class Ladder:
         held = tuple(i for i, b in enumerate(self.cut.batches) if b.held_out)
         kinds = [k for k in ORACLES if self.midpoint or not k.startswith("mid")]
         self.oracles = {
-            Label(site, kind): Stream(held) for site in self.sites for kind in kinds
+            Label(site, kind): Stream(held)
+            for site in dict.fromkeys(Site(key).write for key in self.sites)
+            for kind in kinds
         }
         self.singles: list[_Single] = []
         self.held = held
@@ -177,13 +180,13 @@ class Ladder:
             for strength, stream in chain.held_out.items():
                 label = Label(spec.site, spec.rung, "all", strength)
                 self.num_parameters[label] = _count(chain.steering.values())
-                self.targets[label] = "block" if chain.aim == "block_out" else "site"
+                self.targets[label] = "block" if chain.aim == "block_out" else "shift"
                 found.append((label, stream))
         for one in self.singles:
             assert self.single is not None
             label = Label(one.site, self.single.rung, str(one.layer), one.strength)
             aimed = aim(self.cut, one.site, self.single.target)
-            self.targets[label] = "block" if aimed == "block_out" else "site"
+            self.targets[label] = "block" if aimed == "block_out" else "shift"
             found.append((label, one.stream))
         return found
 

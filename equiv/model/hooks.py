@@ -10,12 +10,64 @@ from torch.utils.hooks import RemovableHandle
 from equiv.model.factors import Factors, UnusedFactorsError, forward_with_factors
 from equiv.model.sites import (
     Place,
+    Site,
     Sites,
     Steer,
     first_tensor,
     is_activation,
     with_first,
 )
+
+# (h at the write site, x at the read site) → h with what is added
+Combine = Callable[[Tensor, Tensor], Tensor]
+
+
+class Writes:
+    """What is added at the sites of one block while it runs once.
+
+    A steer reads an activation as the block computes it, before what steering adds at
+    that very site; what was added at earlier sites is in it.
+
+    Attributes:
+        seen: Activations at the sites that the run has passed, before steering.
+    """
+
+    def __init__(
+        self, combine: Mapping[str, Combine], *, joins_middle: bool = False
+    ) -> None:
+        self.by_site: dict[str, list[tuple[str, Combine]]] = {}
+        for key, change in combine.items():
+            site = Site(key)
+            self.by_site.setdefault(site.write, []).append((site.read, change))
+        self.joins_middle = joins_middle
+        self.seen: Sites = {}
+        self._entered: Tensor | None = None
+
+    def enter(self, hidden: Tensor | None) -> None:
+        """Start a run with the block's input."""
+        self.seen, self._entered = {}, hidden
+
+    def reads(self) -> set[str]:
+        """Sites that are read but not written."""
+        read = {site for steers in self.by_site.values() for site, _ in steers}
+        return read - self.by_site.keys()
+
+    def at(self, site: str, activation: Tensor, *, in_place: bool = False) -> Tensor:
+        """The activation with what is added at a site; `in_place`: see `Hooks`."""
+        self.seen.setdefault(site, activation.clone() if in_place else activation)
+        if site == "resid_mid" and self.joins_middle:
+            return activation  # written to `attn_out`, below
+        activation = self._changed(site, activation)
+        if site == "attn_out" and self.joins_middle and "resid_mid" in self.by_site:
+            assert self._entered is not None
+            self.seen["resid_mid"] = self._entered + activation
+            activation = self._changed("resid_mid", activation)
+        return activation
+
+    def _changed(self, site: str, activation: Tensor) -> Tensor:
+        for read, change in self.by_site.get(site, ()):
+            activation = change(activation, self.seen[read])
+        return activation
 
 
 class Hooks:
@@ -24,18 +76,27 @@ class Hooks:
     They are put on the modules once; `begin` says what they do during one run.
 
     Attributes:
-        seen: Activations at the sites that the run has passed, before steering.
+        writes: What is seen and added during this run.
     """
 
     def __init__(self) -> None:
         self.begin({}, {}, 0.0, 0.0)
 
     def begin(
-        self, steer: Steer, low: Factors, scale: Tensor | float, at: float
+        self,
+        steer: Steer,
+        low: Factors,
+        scale: Tensor | float,
+        at: float,
+        *,
+        hidden: Tensor | None = None,
+        joins_middle: bool = False,
     ) -> None:
         """Start a run; for the arguments see `StagedModel.run`."""
-        self.seen: Sites = {}
-        self._steer, self._low, self._scale, self._at = steer, low, scale, at
+        added = {site: _adding(function) for site, function in steer.items()}
+        self.writes = Writes(added, joins_middle=joins_middle)
+        self.writes.enter(hidden)
+        self._low, self._scale, self._at = low, scale, at
         self._applied: set[str] = set()
 
     def check_applied(self) -> None:
@@ -49,25 +110,7 @@ class Hooks:
 
     def on_site(self, place: Place, site: str, *, in_place: bool) -> RemovableHandle:
         """Put a hook on a site; `in_place`: what it sees may be changed later."""
-
-        def at(activation: Tensor) -> Tensor:
-            self.seen[site] = activation.clone() if in_place else activation
-            steer = self._steer.get(site)
-            return activation if steer is None else activation + steer(activation)
-
-        if place.side == "output":
-            return place.module.register_forward_hook(
-                lambda _m, _a, out: with_first(out, at(first_tensor(out)))
-            )
-
-        def before(
-            _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (at(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": at(kwargs["hidden_states"])}
-
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
+        return hook_on(place, lambda h: self.writes.at(site, h, in_place=in_place))
 
     def beside(self, name: str, module: nn.Module) -> Callable[..., Any]:
         """The module's forward; with the update beside its weight when there is one."""
@@ -81,6 +124,27 @@ class Hooks:
             return made(*args, **kwargs)
 
         return forward
+
+
+def _adding(function: Callable[[Tensor], Tensor]) -> Combine:
+    return lambda h, x: h + function(x)
+
+
+def hook_on(place: Place, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Put a hook on a place that replaces the activation there by a function of it."""
+    if place.side == "output":
+        return place.module.register_forward_hook(
+            lambda _m, _a, out: with_first(out, change(first_tensor(out)))
+        )
+
+    def before(
+        _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return place.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def outputs_of(

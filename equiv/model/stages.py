@@ -29,14 +29,18 @@ from equiv.model.hooks import Hooks, outputs_of
 from equiv.model.precision import arithmetic
 from equiv.model.sites import (
     EMBED,
+    FLOW,
     LOGITS,
     OUTPUT,
     SITES,
     Place,
+    Site,
     Sites,
     Steer,
+    check_flow,
     first_tensor,
     model_output,
+    read_and_written,
 )
 from equiv.model.stubs import Calls, ReachedBlocks, replaced_forward, stubs
 
@@ -133,12 +137,19 @@ class StagedModel:
             low: Low-rank updates applied at `scale`.
             scale: t; under `jvp` it carries a tangent.
             at: t as a number.
-            steer: Added at the site: site → function of the site's activation.
+            steer: Added at a site: site, or read->write → function of what is read.
 
         Returns:
             The stage's output and the activations at its sites, before steering.
         """
-        self._hooks.begin(steer or {}, low or {}, scale, at)
+        self._hooks.begin(
+            steer or {},
+            low or {},
+            scale,
+            at,
+            hidden=hidden,
+            joins_middle=bool(self.blocks and self.blocks.joins_middle),
+        )
         if stage.name == "block":
             output = self._run_block(stage, tensors, hidden, batch)
         elif stage.name == "embed":
@@ -149,7 +160,7 @@ class StagedModel:
         else:
             output = model_output(self._forward(tensors, batch))
         self._hooks.check_applied()
-        seen = {site: self._hooks.seen[site] for site in stage.sites}
+        seen = {site: self._hooks.writes.seen[site] for site in stage.sites}
         return output, {**seen, stage.output: output} if stage.name != "block" else seen
 
     def _run_block(
@@ -210,8 +221,10 @@ class StagedModel:
         if self.blocks is None:
             self._cut_module(sites)
             return
-        if unknown := [site for site in sites or () if site not in SITES]:
-            raise SiteError(f"Expected sites in {', '.join(SITES)}, got {unknown}.")
+        for site in sites or ():
+            check_flow(Site(site))
+        asked = (*SITES, *read_and_written(sites or ()))
+        captured = tuple(name for name in FLOW if name in asked)
         inside = [self._names_under(f"{self.blocks.path}.{i}.") for i in self.layers]
         blocks = {name for names in inside for name in names}
         outside = tuple(n for n in self.tensors_of_model if n not in blocks)
@@ -225,7 +238,7 @@ class StagedModel:
         self.output_site = LOGITS if hasattr(output, LOGITS) else OUTPUT
         self.stages = [
             embed,
-            *(Stage("block", i, inside[i], SITES, "block_out") for i in self.layers),
+            *(Stage("block", i, inside[i], captured, "block_out") for i in self.layers),
             Stage("head", self.num_layers, outside, (), self.output_site),
         ]
 
@@ -237,13 +250,13 @@ class StagedModel:
         outputs, distinct = outputs_of(
             self._modules, lambda: model_output(self._forward(tensors, 0))
         )
-        if unknown := [site for site in sites or () if site not in outputs]:
+        chosen = distinct if sites is None else read_and_written(sites)
+        if unknown := [site for site in chosen if site not in outputs]:
             raise SiteError(
                 f"Expected sites among {', '.join(outputs) or 'none'} (submodules that "
                 f"are called once and return one floating tensor), got {unknown}."
             )
         names = tuple(self.tensors_of_model)
-        chosen = distinct if sites is None else tuple(sites)
         # A submodule may be called "output" too.
         self.output_site = OUTPUT if OUTPUT not in self._modules else f"model {OUTPUT}"
         self.stages = [Stage("module", 0, names, chosen, self.output_site)]

@@ -7,6 +7,7 @@ import torch
 
 from equiv.behaviour.distance import Distances, interval, recovered
 from equiv.behaviour.ladder import Label, Ladder
+from equiv.model.sites import Site
 from equiv.report.values import (
     Behaviour,
     Coverage,
@@ -119,9 +120,9 @@ def fits(table: MomentTable, specs: Sequence[Spec]) -> tuple[FitRow, ...]:
 
 def _aimed_at(table: MomentTable, site: str, aimed: str) -> str:
     """Whose shift, in a word; at `block_out` the two are one, and it is as asked."""
-    if aimed != site:
+    if aimed != Site(site).write:
         return "block"
-    return table.target if aimed == "block_out" else "site"
+    return table.target if aimed == "block_out" else "shift"
 
 
 def _rank(spec: Spec, width: int) -> int | None:

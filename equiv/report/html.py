@@ -63,7 +63,7 @@ def _fitted_to_their_own_shift(report: "Report") -> list[str]:
     """Sites whose steering aims at their own shift though fits aim at the block's."""
     if naming.is_plain(report) or report.subject.target != "block":
         return []
-    own = (row.site for row in report.behaviour if row.target == "site")
+    own = (row.site for row in report.behaviour if row.target == "shift")
     return list(dict.fromkeys(own))
 
 

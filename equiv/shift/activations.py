@@ -7,13 +7,13 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from equiv.arguments import as_dtype, as_layers, as_names, as_site_key, shown
+from equiv.arguments import as_dtype, as_layers, as_names, shown
 from equiv.errors import SiteError
 from equiv.model.batches import Batch
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
-from equiv.model.sites import SITES, SiteKey
+from equiv.model.sites import FLOW, SITES, SiteKey, as_site_key
 from equiv.model.stages import prepared
 from equiv.shift.propagate import propagate
 from equiv.shift.stage_update import low_rank_names
@@ -172,8 +172,8 @@ def shifts(
         raise SiteError("Expected at least one site, got none.")
     count = len(blocks.modules) if blocks else 1
     picked = as_layers(layers, count) or tuple(range(count))
-    if unknown := [s for s in chosen or () if blocks is not None and s not in SITES]:
-        raise SiteError(f"Expected sites in {', '.join(SITES)}, got {unknown}.")
+    if unknown := [s for s in chosen or () if blocks is not None and s not in FLOW]:
+        raise SiteError(f"Expected sites in {', '.join(FLOW)}, got {unknown}.")
     batches = from_inputs(model, inputs, tokenizer, keep_empty=True)
     return Shifts(model, update, batches, dtype, chosen, picked)
 

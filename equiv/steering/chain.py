@@ -2,8 +2,9 @@
 
 Symbols
     h̃       the steered stream at a block's input
-    x       what the steer reads: the site's activation on h̃
-    y       what is missing there: the tuned activation minus the steered stream's own
+    x       what the steer reads: the activation at its read site on h̃
+    y       what is missing where it writes: the tuned activation minus the steered
+            stream's own
 
 At `block_out` and, where nothing follows the addition, at `mlp_out`, what is added
 reaches the block's output unchanged, so the target "block" is y at the block's output.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from equiv.errors import ArgumentError
-from equiv.model.sites import SiteKey, Sites, Steer
+from equiv.model.sites import Site, SiteKey, Sites, Steer
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
 from equiv.shift.traces import Trace
@@ -25,7 +26,7 @@ from equiv.steering.fits import RIDGE, Moments, Regression
 from equiv.steering.forms import Steering
 from equiv.steering.sinks import fitted_tokens, stream_of
 
-TARGETS = ("block", "site")
+TARGETS = ("block", "shift")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Spec:
 
 
 def writes_through(cut: StagedModel, site: str) -> bool:
-    """Whether what is added at a site reaches the block's output unchanged."""
+    """Whether what is added at a write site reaches the block's output unchanged."""
     if cut.blocks is None:
         return False
     return site == "block_out" or (
@@ -57,10 +58,17 @@ def writes_through(cut: StagedModel, site: str) -> bool:
 
 
 def aim(cut: StagedModel, site: str, target: str) -> str:
-    """The site whose missing shift a steer at `site` is fitted to when applied."""
+    """The site whose missing shift a steer at `site` is fitted to when applied.
+
+    Args:
+        cut: The model.
+        site: Where it reads and writes, as `Site.key`.
+        target: "block" or "shift".
+    """
     if target not in TARGETS:
         raise ArgumentError(f"Expected target in {', '.join(TARGETS)}, got {target!r}.")
-    return "block_out" if target == "block" and writes_through(cut, site) else site
+    write = Site(site).write
+    return "block_out" if target == "block" and writes_through(cut, write) else write
 
 
 @dataclass
@@ -145,16 +153,17 @@ class Chain:
         tuned: Mapping[int, Sites],
     ) -> Steering:
         moments, spec = Moments(), self.spec
+        read = Site(spec.site).read
         for batch in self.fitted.batches:
             hidden = self.fitted.hidden.get(batch)
             _, sites = self.cut.run(stage, tensors, hidden, batch)
             missing = tuned[batch][self.aim] - sites[self.aim]
             keep = fitted_tokens(
                 self.cut.batches[batch].mask,
-                stream_of(sites, spec.site),
+                stream_of(sites, read),
                 first_position=spec.first_position,
             )
-            moments.add(counted(sites[spec.site], keep), counted(missing, keep))
+            moments.add(counted(sites[read], keep), counted(missing, keep))
         return Regression(moments, spec.ridge).form(spec.form, spec.rank)
 
     def _move(

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from equiv.arguments import as_choice, as_rank, as_ridge, as_tensor
 from equiv.errors import ArgumentError
-from equiv.steering.forms import FORMS, Affine, Steering, Vector
+from equiv.steering.affine import Affine
+from equiv.steering.forms import FORMS, Steering
 from equiv.steering.sinks import fitted_tokens
+from equiv.steering.vector import Vector
 
 # One thousandth of the mean variance: fits on few tokens stay bounded, and with
 # enough tokens the misfit changes in the fourth digit.
@@ -77,7 +79,7 @@ class Moments:
             return max(left, 0.0) / self.yy
         assert isinstance(steering, Affine)
         weight = steering.down.double().T @ steering.up.double().T  # [d, e]
-        b = steering.bias.double()
+        b = self.y * 0 if steering.bias is None else steering.bias.double()
         cross = float((weight * self.xy).sum()) + float(b @ self.y)
         square = (
             float((weight * (self.xx @ weight)).sum())

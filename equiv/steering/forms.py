@@ -1,17 +1,26 @@
-"""Forms of steering: maps h → shift that are added to an activation at a site."""
+"""What a form of steering is: any map h → shift that knows how large it is.
 
+The forms have a file each: `vector`, `affine` (linear where it has no bias), `loreft`,
+`mlp`, `heads`, `oracle`, and `custom` for a user's own.
+"""
+
+import dataclasses
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
-FORMS = ("vector", "affine")
+FORMS = ("vector", "affine")  # fitted by `equiv.check` unless asked otherwise
 
 
 class Steering(ABC):
     """Any map h → shift; `steering(h)` is what is added at the site.
 
-    `h` has shape [*batch, d]; the shift has the same shape, dtype and device.
+    `h` has shape [*batch, d], the width of what is read; the shift [*batch, e], the
+    width of where it is written (the same, unless a steer reads another site than it
+    writes), in the dtype and on the device of `h`. Forms are frozen dataclasses of
+    tensors, and every map computes in the dtype of `h`.
     """
 
     @abstractmethod
@@ -27,93 +36,27 @@ class Steering(ABC):
     def scaled(self, strength: float) -> "Steering":
         """The same map, `strength` times as strong."""
 
-
-@dataclass(frozen=True)
-class Vector(Steering):
-    """A fixed vector: shift = v, whatever h is.
-
-    Example:
-        >>> import torch
-        >>> steering = Vector(torch.tensor([1.0, -1.0]))
-        >>> steering(torch.zeros(3, 2)).shape, steering.num_parameters
-        (torch.Size([3, 2]), 2)
-    """
-
-    vector: Tensor  # [d]
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """The vector, once per row of `h`."""
-        return self.vector.to(h.device, h.dtype).expand_as(h)
-
-    @property
-    def num_parameters(self) -> int:
-        """The width d."""
-        return self.vector.numel()
-
-    def scaled(self, strength: float) -> "Vector":
-        """The vector times `strength`."""
-        return Vector(self.vector * strength)
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """The same map with its floating tensors on a device, in a dtype."""
+        if not dataclasses.is_dataclass(self):
+            return self
+        moved = {
+            field.name: value.to(device, dtype)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+            and value.is_floating_point()
+        }
+        return dataclasses.replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class Affine(Steering):
-    """A low-rank affine map: shift = up (down h) + bias.
+def like(h: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+    """Tensors in the dtype and on the device of `h`; a part that is `None` is zero.
 
     Example:
-        >>> import torch
-        >>> steering = Affine(torch.eye(2)[:1], torch.tensor([[0.0], [2.0]]),
-        ...                   torch.zeros(2))
-        >>> steering(torch.tensor([3.0, 5.0]))
-        tensor([0., 6.])
+        >>> like(torch.zeros(2, dtype=torch.float64), torch.ones(1), None)
+        (tensor([1.], dtype=torch.float64), tensor(0., dtype=torch.float64))
     """
-
-    down: Tensor  # [r, d]
-    up: Tensor  # [d, r]
-    bias: Tensor  # [d]
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Up (down h) + bias, computed in the dtype of `h`."""
-        down, up, bias = (
-            part.to(h.device, h.dtype) for part in (self.down, self.up, self.bias)
-        )
-        return (h @ down.T) @ up.T + bias
-
-    @property
-    def rank(self) -> int:
-        """The rank r."""
-        return self.down.shape[0]
-
-    @property
-    def num_parameters(self) -> int:
-        """2 r d + d; a map of full rank counts as its matrix, d² + d."""
-        d = self.bias.numel()
-        return min(2 * self.rank * d, d * d) + d
-
-    def scaled(self, strength: float) -> "Affine":
-        """Up-projection and bias times `strength`."""
-        return Affine(self.down, self.up * strength, self.bias * strength)
-
-
-@dataclass(frozen=True)
-class Overwrite(Steering):
-    """The oracle: whatever h is, h + shift is `target`, per token.
-
-    No parametrisation: it needs the tuned model's own activations.
-    """
-
-    target: Tensor  # like h
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Target − h."""
-        return self.target.to(h.device, h.dtype) - h
-
-    @property
-    def num_parameters(self) -> int:
-        """Zero: nothing is fitted."""
-        return 0
-
-    def scaled(self, strength: float) -> "Overwrite":
-        """Not defined for strengths other than 1."""
-        if strength != 1:
-            raise ValueError(f"Expected strength 1 for an overwrite, got {strength}.")
-        return self
+    return tuple(
+        h.new_zeros(()) if part is None else part.to(h.device, h.dtype)
+        for part in parts
+    )

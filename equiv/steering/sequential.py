@@ -10,14 +10,14 @@ from equiv.arguments import as_choice, as_dtype, as_layers, as_rank, as_ridge
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
-from equiv.model.sites import SiteKey
 from equiv.model.stages import staged
 from equiv.shift.propagate import propagate
 from equiv.shift.stage_update import low_rank_names
 from equiv.shift.traces import TUNED, Point
 from equiv.steering.chain import TARGETS, Chain, Spec
 from equiv.steering.fits import RIDGE
-from equiv.steering.forms import FORMS, Steering
+from equiv.steering.forms import FORMS
+from equiv.steering.steering_set import SteeringSet
 from equiv.update.sources import resolve
 
 
@@ -35,7 +35,7 @@ def fit_sequential(
     ridge: float = RIDGE,
     first_position: bool | None = None,
     dtype: torch.dtype = torch.float32,
-) -> dict[SiteKey, Steering]:
+) -> SteeringSet:
     """Fit steering at one site of every layer, from the first layer to the last.
 
     Block l is fitted on the stream that is already steered below it, so that it makes
@@ -50,7 +50,7 @@ def fit_sequential(
         site: Where the steering reads and writes.
         form: "vector" or "affine".
         rank: Rank of the affine map; `None` for full rank.
-        target: "block" or "site"; see `equiv.check`.
+        target: "block" or "shift"; see `equiv.check`.
         layers: Layers that get steering; `None` for all.
         tokenizer: Tokenizer for texts.
         ridge: Relative ridge of the fits.
@@ -102,4 +102,4 @@ def fit_sequential(
                 chain.step(stage, tensors, list(traces))
             else:
                 break
-    return chain.steering
+    return SteeringSet(chain.steering)

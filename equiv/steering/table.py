@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from equiv.model.sites import Site
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
 from equiv.shift.traces import Trace
@@ -10,7 +11,7 @@ from equiv.steering.chain import aim
 from equiv.steering.fits import Moments
 from equiv.steering.sinks import fitted_tokens, stream_of
 
-# (layer, what is read, whose shift is aimed at)
+# (layer, where it reads and writes, whose shift is aimed at)
 PairKey = tuple[int, str, str]
 
 
@@ -27,7 +28,8 @@ class MomentTable:
     def fit_target(self, site: str) -> str:
         """Whose shift a fit that reads `site` is measured against."""
         has_blocks = self.cut.blocks is not None
-        return "block_out" if self.target == "block" and has_blocks else site
+        whole = self.target == "block" and has_blocks
+        return "block_out" if whole else Site(site).write
 
     def pairs(self, site: str) -> set[tuple[str, str]]:
         """(read, target) pairs of one site: for the fit's row and for applying it."""
@@ -47,9 +49,10 @@ class MomentTable:
             for read, aimed in self.pairs(site):
                 moments = table.setdefault((stage.layer, read, aimed), Moments())
                 mask = self.cut.batches[trace.batch].mask
-                keep = fitted_tokens(mask, stream_of(base, read))
+                x = base[Site(read).read]
+                keep = fitted_tokens(mask, stream_of(base, Site(read).read))
                 shift = tuned[aimed] - base[aimed]
-                moments.add(counted(base[read], keep), counted(shift, keep))
+                moments.add(counted(x, keep), counted(shift, keep))
 
     def applied(self, layer: int) -> Mapping[str, Moments]:
         """Per site, the fitting moments of what a steer there aims at when applied."""

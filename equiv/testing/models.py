@@ -56,12 +56,16 @@ _BERT = {
     "initializer_range": _SPREAD,
 }
 
+_GEMMA2 = {**_LLAMA, "query_pre_attn_scalar": 8, "sliding_window": 32}
+
 # Family → names of configuration and model class in transformers, and the settings.
 _CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
     "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GEMMA2),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _LLAMA),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),
     "bert": ("BertConfig", "BertForMaskedLM", _BERT),
 }
