@@ -7,6 +7,8 @@
 True
 """
 
+from equiv.behaviour.evaluating import Evaluation as Evaluation
+from equiv.behaviour.evaluating import evaluate as evaluate
 from equiv.checking import check as check
 from equiv.errors import ArgumentError as ArgumentError
 from equiv.errors import EndpointError as EndpointError

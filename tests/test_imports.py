@@ -39,6 +39,8 @@ PUBLIC = (
     "fit_sequential",
     "steer",
     "Steering",
+    "evaluate",
+    "Evaluation",
     "Site",
     "SteeringSet",
     "Vector",

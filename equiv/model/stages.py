@@ -261,6 +261,18 @@ class StagedModel:
         self.output_site = OUTPUT if OUTPUT not in self._modules else f"model {OUTPUT}"
         self.stages = [Stage("module", 0, names, chosen, self.output_site)]
 
+    def check_site(self, layer: int, site: str) -> None:
+        """Refuse a (layer, site) that cannot be steered.
+
+        Raises:
+            SiteError: If there is none such.
+        """
+        if self.blocks is not None:
+            self.blocks.block(layer)
+            check_flow(Site(site))
+        elif layer != 0:
+            raise SiteError(f"Expected layer 0 of a plain module, got {layer}.")
+
     def place(self, layer: int, site: str) -> Place:
         """Where a site is in the modules."""
         if self.blocks is not None:
