@@ -82,3 +82,19 @@ def test_wrong_steering_is_refused() -> None:
     first = equiv.SteeringSet({(0, "block_out"): v}, positions="last")
     with pytest.raises(equiv.ArgumentError, match="all positions"):
         equiv.evaluate(model, update, IDS, first)
+
+
+@torch.no_grad()
+def test_calibration_finds_the_strength_and_allows_none() -> None:
+    model = transformer("gpt2", seed=1)
+    bias = torch.randn(16, generator=torch.Generator().manual_seed(0)).double()
+    update = {"transformer.h.1.mlp.c_proj.bias": bias}
+    for factor, strength in ((1.0, 1.0), (4.0, 0.25), (-1.0, 0.0)):
+        steering = {(1, "mlp_out"): equiv.Vector(bias * factor)}
+        found = equiv.calibrate(model, update, IDS, steering, dtype=torch.float64)
+        assert found.about["strength"] == strength
+        assert len(found) == (strength > 0)
+        best = equiv.evaluate(model, update, IDS, found, dtype=torch.float64)
+        assert best.recovered == pytest.approx(float(strength > 0), abs=1e-12)
+    with pytest.raises(equiv.ArgumentError, match="at least one strength"):
+        equiv.calibrate(model, update, IDS, {}, strengths=())

@@ -39,6 +39,7 @@ PUBLIC = (
     "fit_sequential",
     "steer",
     "Steering",
+    "calibrate",
     "evaluate",
     "Evaluation",
     "Site",

@@ -8,7 +8,7 @@ is what steering up to there leaves of the shift; at the output it is the distan
 `equiv.behaviour.distance` defines.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from equiv.arguments import as_dtype, as_seed
 from equiv.behaviour.distance import Distances, interval, recovered
 from equiv.errors import ArgumentError
+from equiv.model.batches import Batch
 from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
 from equiv.model.sites import LOGITS, SiteKey
@@ -25,7 +26,7 @@ from equiv.model.stages import Stage, StagedModel, staged
 from equiv.shift.measures import counted, squares
 from equiv.shift.propagate import propagate
 from equiv.shift.stage_update import low_rank_names
-from equiv.shift.traces import TUNED, Point, Trace
+from equiv.shift.traces import TUNED, Point
 from equiv.steering.apply import by_layer
 from equiv.steering.forms import Steering
 from equiv.update.low_rank import LowRank
@@ -106,29 +107,57 @@ def evaluate(
     """
     check_model(model)
     dtype, seed = as_dtype(dtype), as_seed(seed)
+    update = resolve(model, delta_w)
+    batches = from_inputs(model, inputs, tokenizer)
+    with measured(model):
+        return evaluated(model, update, batches, [steering], dtype, seed)[0]
+
+
+def evaluated(
+    model: nn.Module,
+    update: Update,
+    batches: Sequence[Batch],
+    candidates: Sequence[Mapping[SiteKey, Steering]],
+    dtype: torch.dtype,
+    seed: int,
+) -> list[Evaluation]:
+    """Every candidate's evaluation, with one base and one tuned stream for all.
+
+    Arguments as for `evaluate`; memory holds a hidden state of all tokens for each.
+    """
+    for steering in candidates:
+        _check_positions(steering)
+    steers = [by_layer(steering) for steering in candidates]
+    sites = dict.fromkeys(s for found in steers for own in found.values() for s in own)
+    low = low_rank_names(model, update)
+    chosen = tuple(sites) or None
+    with staged(model, batches, dtype, sites=chosen, low_names=low) as cut:
+        runs = [_Run(cut, found) for found in steers]
+        points = (Point(0.0), TUNED)
+        for stage, tensors, traces in propagate(cut, update, points, low=low):
+            for trace in traces:
+                # The head computes these anew whenever it is asked.
+                base, tuned = (trace.values[s][stage.output] for s in (0.0, 1.0))
+                for run in runs:
+                    run.add(stage, tensors, trace.batch, base, tuned)
+    size = _size(update)
+    return [
+        run.evaluation(_count(found), size, seed)
+        for run, found in zip(runs, steers, strict=True)
+    ]
+
+
+def _check_positions(steering: Mapping[SiteKey, Steering]) -> None:
     if (positions := getattr(steering, "positions", "all")) != "all":
         raise ArgumentError(
             f"Expected steering of all positions, got {positions!r}: what it recovers "
             "of a whole text says nothing then. Compare outputs under `equiv.steer`."
         )
-    steers = by_layer(steering)
-    update = resolve(model, delta_w)
-    batches = from_inputs(model, inputs, tokenizer)
-    low = low_rank_names(model, update)
-    sites = tuple(dict.fromkeys(s for own in steers.values() for s in own))
-    with (
-        measured(model),
-        staged(model, batches, dtype, sites=sites or None, low_names=low) as cut,
-    ):
-        run = _Run(cut, steers)
-        points = (Point(0.0), TUNED)
-        for stage, tensors, traces in propagate(cut, update, points, low=low):
-            for trace in traces:
-                run.add(stage, tensors, trace)
-    count = sum(
-        getattr(s, "num_parameters", 0) for own in steers.values() for s in own.values()
-    )
-    return run.evaluation(count, _size(update), seed)
+
+
+def _count(steers: Mapping[int, Mapping[str, object]]) -> int:
+    found = (steering for own in steers.values() for steering in own.values())
+    return sum(getattr(steering, "num_parameters", 0) for steering in found)
 
 
 def _size(update: Update) -> int:
@@ -157,21 +186,27 @@ class _Run:
         self.unsteered: Distances | None = None
         self.steered: Distances | None = None
 
-    def add(self, stage: Stage, tensors: Mapping[str, Tensor], trace: Trace) -> None:
-        """One batch through one stage."""
-        hidden = self.hidden.get(trace.batch)
+    def add(
+        self,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        batch: int,
+        base: Tensor,
+        tuned: Tensor,
+    ) -> None:
+        """One batch through one stage, beside what it does in the other two models."""
         steer = self.steers.get(stage.layer, {}) if stage.name != "head" else {}
-        out, _ = self.cut.run(stage, tensors, hidden, trace.batch, steer=steer)
-        self.hidden[trace.batch] = out
-        base, tuned = (trace.values[s][stage.output] for s in (0.0, 1.0))
+        hidden = self.hidden.get(batch)
+        out, _ = self.cut.run(stage, tensors, hidden, batch, steer=steer)
+        self.hidden[batch] = out
         if stage.name == "block":
-            mask = self.cut.batches[trace.batch].mask
+            mask = self.cut.batches[batch].mask
             for sums, other in ((self.left, out), (self.whole, base)):
                 square = squares(counted(tuned - other, mask))
                 sums[stage.layer] = sums.get(stage.layer, 0.0) + square
         elif stage.name != "embed":
-            self._compare(tuned, base, out, trace.batch)
-            del self.hidden[trace.batch]
+            self._compare(tuned, base, out, batch)
+            del self.hidden[batch]
 
     def _compare(self, tuned: Tensor, base: Tensor, out: Tensor, batch: int) -> None:
         # One logit alone is no distribution: a regression's output.
