@@ -1,4 +1,4 @@
-"""Attention and its derivative against PyTorch's own, on every kind of call."""
+"""Attention and its derivatives against PyTorch's own, on every kind of call."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import witness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from equiv.model.attention import attention
@@ -21,7 +21,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def compare(call: dict, *moving: Tensor, mask: Tensor | None = None) -> None:
-    """Values and tangents; `mask` takes part in the derivative when it moves."""
+    """Values, tangents and gradients; `mask` moves where it is among the moving."""
     directions = tuple(draw(7 + i, *t.shape) for i, t in enumerate(moving))
 
     def run(f):  # type: ignore[no-untyped-def]
@@ -33,7 +33,14 @@ def compare(call: dict, *moving: Tensor, mask: Tensor | None = None) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         expected = jvp(run(F.scaled_dot_product_attention), moving, directions)
         found = jvp(run(attention), moving, directions)
-    for a, b in zip(found[:2], expected[:2], strict=True):
+        for a, b in zip(found[:2], expected[:2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        weights = draw(11, *expected[0].shape)
+        pulled = [
+            vjp(run(f), *moving)[1](weights)
+            for f in (attention, F.scaled_dot_product_attention)
+        ]
+    for a, b in zip(*pulled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
@@ -102,6 +109,13 @@ def test_only_one_argument_moves(which: int) -> None:
         )
         found = jvp(along(attention), (fixed[which],), direction)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-13)
+    x = fixed[which].requires_grad_()  # the other arguments have no gradient
+    along(attention)(x).sum().backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        (gradient,) = torch.autograd.grad(
+            along(F.scaled_dot_product_attention)(x).sum(), x
+        )
+    torch.testing.assert_close(x.grad, gradient, rtol=1e-12, atol=1e-13)
 
 
 def test_it_is_what_runs_inside_a_measurement() -> None:

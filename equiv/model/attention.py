@@ -1,12 +1,17 @@
-"""Scaled dot-product attention with a forward-mode derivative of its own.
+"""Scaled dot-product attention with derivatives of its own, forward and reverse.
 
-PyTorch's fused kernels have none, and the derivative of its math path makes a dozen
+PyTorch's fused kernels have no forward one, and that of its math path makes a dozen
 passes over the matrix of scores. With S = QKᵀ/√d + B and P = softmax(S) row by row:
 
     O = P V
     Ȯ = P (Ṡ − rowsum(P Ṡ)) V + P V̇,    Ṡ = (Q̇Kᵀ + QK̇ᵀ)/√d + Ḃ
 
-The matrix P, [batch, heads, seq, seq], is made in full.
+and in reverse, with x̄ the derivative of a scalar by x:
+
+    V̄ = Pᵀ Ō,    S̄ = P (P̄ − rowsum(P P̄)),  P̄ = Ō Vᵀ,    Q̄ = S̄ K/√d,  K̄ = S̄ᵀ Q/√d,  B̄ = S̄
+
+The matrix P, [batch, heads, seq, seq], is made in full. First derivatives only: what
+PyTorch makes of a derivative of these is not the second one.
 """
 
 import math
@@ -14,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def attention(
@@ -89,10 +95,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        query, key, value, _, _ = inputs
+        query, key, value, bias, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_forward(query, key, value, output[1])
+        ctx.save_for_backward(query, key, value, output[1])
+        ctx.bias_shape = None if bias is None else bias.shape
 
     @staticmethod
     def jvp(
@@ -123,6 +131,28 @@ class _Attention(torch.autograd.Function):
             out += _mixed(moved, value)
         return out, None
 
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        if dout is None:
+            return None, None, None, None, None
+        query, key, value, shares = ctx.saved_tensors
+        for_query, for_key, for_value, for_bias, _ = ctx.needs_input_grad
+        dvalue = _gathered(shares, dout, value) if for_value else None
+        if not (for_query or for_key or for_bias):
+            return None, None, dvalue, None, None
+        moved = _scores(dout, value).mul_(shares)
+        moved.addcmul_(shares, moved.sum(-1, keepdim=True), value=-1)
+        return (
+            _mixed(moved, key) if for_query else None,
+            _gathered(moved, query, key) if for_key else None,
+            dvalue,
+            moved.sum_to_size(ctx.bias_shape) if for_bias else None,
+            None,
+        )
+
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """QKᵀ, [*batch, heads, seq, source]; heads of a group stand beneath each other."""
@@ -136,3 +166,10 @@ def _mixed(shares: Tensor, value: Tensor) -> Tensor:
     together = (*shares.shape[:-3], value.shape[-3], -1, shares.shape[-1])
     product = shares.reshape(together) @ value
     return product.reshape(*shares.shape[:-1], value.shape[-1])
+
+
+def _gathered(shares: Tensor, rows: Tensor, source: Tensor) -> Tensor:
+    """PᵀX in the shape of keys or values: summed over the heads of a group."""
+    groups = (*shares.shape[:-3], source.shape[-3], -1)
+    left = shares.reshape(*groups, shares.shape[-1])
+    return left.transpose(-2, -1) @ rows.reshape(*groups, rows.shape[-1])
