@@ -1,6 +1,6 @@
 """What happens inside the modules while a stage runs: sites are read and steered."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,8 +18,8 @@ from equiv.model.sites import (
     with_first,
 )
 
-# (h at the write site, x at the read site) → h with what is added
-Combine = Callable[[Tensor, Tensor], Tensor]
+# (h at the write site, what was seen at the sites so far) → h with what is added
+Combine = Callable[[Tensor, Sites], Tensor]
 
 
 class Writes:
@@ -29,17 +29,15 @@ class Writes:
     that very site; what was added at earlier sites is in it.
 
     Attributes:
+        by_site: Site that is written → what is done there.
+        joins_middle: See `Blocks.joins_middle`.
         seen: Activations at the sites that the run has passed, before steering.
     """
 
     def __init__(
-        self, combine: Mapping[str, Combine], *, joins_middle: bool = False
+        self, by_site: Mapping[str, Combine], *, joins_middle: bool = False
     ) -> None:
-        self.by_site: dict[str, list[tuple[str, Combine]]] = {}
-        for key, change in combine.items():
-            site = Site(key)
-            self.by_site.setdefault(site.write, []).append((site.read, change))
-        self.joins_middle = joins_middle
+        self.by_site, self.joins_middle = by_site, joins_middle
         self.seen: Sites = {}
         self._entered: Tensor | None = None
 
@@ -47,10 +45,9 @@ class Writes:
         """Start a run with the block's input."""
         self.seen, self._entered = {}, hidden
 
-    def reads(self) -> set[str]:
-        """Sites that are read but not written."""
-        read = {site for steers in self.by_site.values() for site, _ in steers}
-        return read - self.by_site.keys()
+    def leave(self) -> None:
+        """The run is over: hold on to no activation."""
+        self.seen, self._entered = {}, None
 
     def at(self, site: str, activation: Tensor, *, in_place: bool = False) -> Tensor:
         """The activation with what is added at a site; `in_place`: see `Hooks`."""
@@ -65,9 +62,8 @@ class Writes:
         return activation
 
     def _changed(self, site: str, activation: Tensor) -> Tensor:
-        for read, change in self.by_site.get(site, ()):
-            activation = change(activation, self.seen[read])
-        return activation
+        change = self.by_site.get(site)
+        return activation if change is None else change(activation, self.seen)
 
 
 class Hooks:
@@ -93,7 +89,11 @@ class Hooks:
         joins_middle: bool = False,
     ) -> None:
         """Start a run; for the arguments see `StagedModel.run`."""
-        added = {site: _adding(function) for site, function in steer.items()}
+        by_site: dict[str, list[tuple[str, Callable[[Tensor], Tensor]]]] = {}
+        for key, function in steer.items():
+            site = Site(key)
+            by_site.setdefault(site.write, []).append((site.read, function))
+        added = {site: _adding(steers) for site, steers in by_site.items()}
         self.writes = Writes(added, joins_middle=joins_middle)
         self.writes.enter(hidden)
         self._low, self._scale, self._at = low, scale, at
@@ -126,8 +126,13 @@ class Hooks:
         return forward
 
 
-def _adding(function: Callable[[Tensor], Tensor]) -> Combine:
-    return lambda h, x: h + function(x)
+def _adding(steers: Sequence[tuple[str, Callable[[Tensor], Tensor]]]) -> Combine:
+    def add(h: Tensor, seen: Sites) -> Tensor:
+        for read, function in steers:
+            h = h + function(seen[read])
+        return h
+
+    return add
 
 
 def hook_on(place: Place, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
@@ -145,6 +150,25 @@ def hook_on(place: Place, change: Callable[[Tensor], Tensor]) -> RemovableHandle
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
     return place.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def ahead_of_recorders(module: nn.Module, handle: RemovableHandle) -> None:
+    """Let a hook on a module's output run before those of Transformers that record it.
+
+    Transformers puts hooks on the blocks the first time `output_hidden_states` is asked
+    for, and leaves them there. What they record would be steered or not, according to
+    who came first. The order of all other hooks stays.
+    """
+    hooks = module._forward_hooks
+    order = [number for number in hooks if number != handle.id]
+    recorder = next((n for n in order if _records(hooks[n])), None)
+    if recorder is not None:
+        for number in order[order.index(recorder) :]:
+            hooks.move_to_end(number)  # type: ignore[attr-defined]
+
+
+def _records(hook: object) -> bool:
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def outputs_of(

@@ -1,0 +1,100 @@
+"""What steering does to activations, written once: the specification.
+
+Symbols: h [batch, *rest, e] is the activation where a steer writes, `seen` what it may
+read, by site. A steer's forms are summed: h + Σ shift(x), x = seen[read].
+
+- Everything is computed in at least float32, autocast or not, and rounded to the dtype
+  of h once.
+- A bank numbers its steers; `index` says which of them a row or token gets. What gets
+  none keeps its bits: it is chosen by `torch.where`, not by adding zero (−0 + 0 = +0).
+- A row's result depends on its own activations, its own number and the shape of the
+  batch, never on what steers its neighbours: every steer of the bank is computed for
+  all rows, in one shape.
+
+The last point costs as many shifts as the bank has steers. Faster implementations
+compute the same function from fewer.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from equiv.errors import ArgumentError
+from equiv.model.sites import Sites
+
+Shift = Callable[[Tensor], object]  # what is read, in at least float32 → shift
+Steers = Mapping[str, Shift]  # site that is read → shift
+Bank = Mapping[int, Steers]  # number → what that steer adds here
+
+
+def steered(h: Tensor, seen: Sites, steers: Steers) -> Tensor:
+    """Every row of `h` with one steer added.
+
+    Args:
+        h: The activation that is written, [batch, *rest, e].
+        seen: Site → activation that is read, [batch, *rest, d].
+        steers: Site that is read → shift, a function of it.
+
+    Raises:
+        ArgumentError: If a shift is no tensor of the shape of `h`.
+
+    Example:
+        >>> h = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+        >>> steered(h, {"x": h}, {"x": lambda x: x / 2**9})  # rounded once
+        tensor([[1., 2.]], dtype=torch.bfloat16)
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    total = h.to(wide)
+    with _without_autocast(h):
+        for read, shift_of in steers.items():
+            total = total + _checked(shift_of(seen[read].to(wide)), h, shift_of)
+    return total.to(h.dtype)
+
+
+def steered_rows(h: Tensor, seen: Sites, bank: Bank, index: Tensor) -> Tensor:
+    """Each row (or token) of `h` with its own steer of a bank added.
+
+    Args:
+        h: The activation that is written, [batch, *rest, e].
+        seen: Site → activation that is read, [batch, *rest, d].
+        bank: Number → steers; a number may be missing, where that steer adds nothing.
+        index: Which number each row gets, [batch], or each token, [batch, *rest];
+            one that the bank does not hold, such as −1, leaves it as it is, bit for
+            bit.
+
+    Raises:
+        ArgumentError: If a shift is no tensor of the shape of `h`.
+
+    Example:
+        >>> h = torch.tensor([[1.0], [2.0], [-0.0]])
+        >>> bank = {0: {"x": lambda x: 10 * x}, 1: {"x": lambda x: x - x + 0.5}}
+        >>> steered_rows(h, {"x": h}, bank, torch.tensor([1, 0, -1]))
+        tensor([[ 1.5000],
+                [22.0000],
+                [-0.0000]])
+    """
+    out = h
+    index = index.reshape(*index.shape, *[1] * (h.ndim - index.ndim))
+    for number, steers in bank.items():
+        out = torch.where(index == number, steered(h, seen, steers), out)
+    return out
+
+
+def _checked(shift: object, h: Tensor, shift_of: object) -> Tensor:
+    if isinstance(shift, Tensor) and shift.shape == h.shape:
+        return shift
+    kind = type(shift).__name__
+    raise ArgumentError(
+        f"Expected {shift_of!r} to return a tensor shaped as the activations, "
+        f"{tuple(h.shape)}, got "
+        f"{tuple(shift.shape) if isinstance(shift, Tensor) else kind}."
+    )
+
+
+def _without_autocast(h: Tensor) -> AbstractContextManager[object]:
+    kind = h.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
