@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from equiv.steering.forms import Steering, like
 
@@ -29,8 +30,9 @@ class Affine(Steering):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Up (down h) + bias."""
-        down, up, bias = like(h, self.down, self.up, self.bias)
-        return (h @ down.T) @ up.T + bias
+        down, up = like(h, self.down, self.up)
+        bias = None if self.bias is None else self.bias.to(h.device, h.dtype)
+        return linear(linear(h, down), up, bias)
 
     @property
     def rank(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from equiv.errors import ArgumentError
 from equiv.steering.affine import Affine
@@ -54,7 +55,7 @@ class LoReFT(Steering):
     def __call__(self, h: Tensor) -> Tensor:
         """Rᵀ (W h + b − R h), with W − R formed first: two thin products."""
         rotation, weight, bias = like(h, self.rotation, self.weight, self.bias)
-        return (h @ (weight - rotation).T + bias) @ rotation
+        return linear(h, weight - rotation, bias) @ rotation
 
     @property
     def rank(self) -> int:

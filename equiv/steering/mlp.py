@@ -49,8 +49,13 @@ class LowRankMLP(Steering):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Up φ(down h + inner) + bias."""
-        down, up, inner, bias = like(h, self.down, self.up, self.inner, self.bias)
-        return ACTIVATIONS[self.activation](h @ down.T + inner) @ up.T + bias
+        down, up = like(h, self.down, self.up)
+        inner, bias = (
+            None if part is None else part.to(h.device, h.dtype)
+            for part in (self.inner, self.bias)
+        )
+        hidden = ACTIVATIONS[self.activation](functional.linear(h, down, inner))
+        return functional.linear(hidden, up, bias)
 
     @property
     def rank(self) -> int:
