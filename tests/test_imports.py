@@ -13,6 +13,8 @@ ROOT = Path(equiv.__file__).parent
 ROOMS = (
     "errors",
     "arguments",
+    "writing",
+    "fields",
     "kernels",
     "model",
     "update",
@@ -120,7 +122,7 @@ print(json.dumps([n for n in {PUBLIC!r} if inspect.ismodule(getattr(equiv, n))])
 def test_importing_is_light() -> None:
     """Heavy packages are imported where they are used."""
     heavy = ("transformers", "peft", "pandas", "matplotlib", "scipy.stats", "jinja2")
-    heavy = (*heavy, "typer", "hypothesis", "torch._dynamo", "triton")
+    heavy = (*heavy, "typer", "hypothesis", "torch._dynamo", "triton", "gguf")
     code = f"""
 import sys, equiv
 print([name for name in {heavy!r} if name in sys.modules])

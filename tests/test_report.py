@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery import NAMES, PLAIN, reports
+from gallery import NAMES, PAIRS, PLAIN, reports
 
 import equiv
+from equiv.behaviour.ladder import OFFSETS
 from equiv.report import html, plot
-from equiv.report.files import write_text
 from equiv.report.numbers import figure
 from equiv.report.prose import joined
 from equiv.report.report import Report
 from equiv.report.values import Scope
 from equiv.testing.models import transformer
+from equiv.writing import write_text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,6 +163,50 @@ def test_the_frame_has_every_row(name: str) -> None:
     assert list(kept) == [r.remainder for r in rows if r.remainder is not None]
 
 
+def test_the_picture_is_not_crushed_by_offsets_that_are_far_below() -> None:
+    report = reports()["llama"]
+    far = [
+        dataclasses.replace(b, recovered=-40.0) if b.rung == OFFSETS else b
+        for b in report.behaviour
+    ]
+    (axes,) = dataclasses.replace(report, behaviour=tuple(far)).plot().axes
+    assert axes.get_ylim()[0] > -2
+    assert [text.get_text() for text in axes.texts] == ["↓ −4000 %"] * 4
+
+
+def test_what_is_read_and_what_is_written_stand_apart() -> None:
+    """Two columns where they differ anywhere, else one; oracles read nothing."""
+    for name in NAMES:
+        for table in _tables(name):
+            if "steering" in table[0] or "form" in table[0]:
+                assert ("writes" in table[0]) == (name in PAIRS)
+        first_lines = [line.split() for line in str(reports()[name]).splitlines()]
+        assert any(line[:1] == ["writes"] for line in first_lines) == (name in PAIRS)
+    (behaviour,) = (t for t in _tables("pairs") if "steering" in t[0])
+    pairs = {tuple(row[:2]) for row in behaviour[2:] if row[2] == "affine r8"}
+    assert pairs == {("resid_mid", "block_out"), ("block_out", "block_out")}
+    oracles = [row[:2] for row in behaviour if row[2] == "exact oracle"]
+    assert oracles == [["", "block_out"]]
+    (axes,) = reports()["pairs"].plot().axes
+    legend = axes.get_legend()
+    assert legend is not None
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ["resid_mid → block_out", "block_out"]
+    lines = [
+        c.lines[0].get_ydata()[-1]  # type: ignore[attr-defined]
+        for c in axes.containers
+        if c.get_label() in named
+    ]
+    assert lines[0] == lines[1]  # one oracle, in both columns
+
+
+def test_prose_names_what_is_read_and_written() -> None:
+    report = reports()["pairs"]
+    only = [b for b in report.behaviour if b.site != "block_out"]
+    said = str(dataclasses.replace(report, behaviour=tuple(only)))
+    assert "reading resid_mid, writing block_out" in " ".join(said.split())
+
+
 def test_the_ladder_has_a_line_per_site() -> None:
     report = reports()["llama"]
     axes = report.plot().axes[0]
@@ -183,10 +228,14 @@ def test_the_ladder_has_a_line_per_site() -> None:
         "first-order oracle",
         "midpoint oracle",
         "exact oracle",
+        "simultaneous offsets",
     ]
-    drawn = axes.containers[3].lines[0].get_ydata()  # type: ignore[attr-defined]
     rows = [b for b in report.behaviour if b.site == "block_out" and b.layers == "all"]
-    assert list(drawn)[1:] == [row.recovered for row in rows]
+    line = axes.containers[-2].lines[0]  # type: ignore[attr-defined]
+    assert axes.containers[-2].get_label() == "block_out"
+    assert list(line.get_ydata())[1:] == [row.recovered for row in rows[:-1]]
+    added = axes.containers[-1].lines[0]  # type: ignore[attr-defined]
+    assert list(added.get_ydata()) == [rows[-1].recovered]
     with pytest.raises(equiv.ArgumentError, match="no behaviour to plot"):
         reports()["random"].plot()
 

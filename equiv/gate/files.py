@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from equiv.errors import FileFormatError
+from equiv.fields import whole
 from equiv.gate.values import FORMAT, Agreement, Diagnosis
-from equiv.report.files import read_format, whole, write_fields
+from equiv.report.files import read_format, write_fields
 
 Found = TypeVar("Found", Agreement, Diagnosis)
 

@@ -9,9 +9,9 @@ from equiv.gate.picture import BOTTOM, LEFT, RIGHT, WIDTH, picture
 from equiv.gate.values import Agreement, Diagnosis
 from equiv.gate.wording import share_figure
 from equiv.report import numbers
-from equiv.report.files import write_text
 from equiv.report.page import page
 from equiv.report.prose import joined
+from equiv.writing import write_text
 
 # More matrices than these are folded away.
 ROWS = 24
