@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equiv.behaviour.ladder import Ladder
 from equiv.model.batches import Batch, at_most, split
-from equiv.model.sites import read_and_written
+from equiv.model.sites import FLOW, read_and_written
 from equiv.model.stages import StagedModel, staged
 from equiv.report import assemble
 from equiv.report.report import Report
@@ -78,7 +78,10 @@ class Measurement:
 
     def _selection(self, cut: StagedModel) -> Selection:
         layers = cut.layers if self.layers is None else self.layers
-        return Selection(frozenset(layers), read_and_written(self._asked_sites(cut)))
+        sites = read_and_written(self._asked_sites(cut))
+        if cut.blocks is not None:
+            sites = tuple(sorted(sites, key=FLOW.index))
+        return Selection(frozenset(layers), sites)
 
     def _asked_sites(self, cut: StagedModel) -> tuple[str, ...]:
         return tuple(self.settings.sites or cut.stages[0].sites)

@@ -21,8 +21,13 @@ NAMES = (
     "long",
     "single",
     "fails",
+    "pairs",
+    "further",
+    "reader",
 )
-PLAIN = ("module", "long", "fails")
+PLAIN = ("module", "long", "fails", "reader")
+# What these steers read is not where they write.
+PAIRS = ("pairs", "further", "reader")
 
 
 @cache
@@ -56,4 +61,14 @@ def reports() -> dict[str, Report]:
         "fails": equiv.check(
             mlp((4, 8, 3), "relu"), update(mlp((4, 8, 3))).scaled(30), x.double()
         ),
+        "pairs": equiv.check(
+            llama, update(llama), ids, sites=("resid_mid->block_out", "block_out")
+        ),
+        "further": equiv.check(
+            bert,
+            update(bert),
+            ids,
+            sites=("mlp_in->block_out", "attn_heads", "resid_mid", "mlp_hidden"),
+        ),
+        "reader": equiv.check(net, update(net), x, sites=("0->2", "3")),
     }

@@ -13,6 +13,7 @@ import equiv
 from equiv.behaviour.distance import Distances, interval, kl_divergence, recovered
 from equiv.model.batches import split
 from equiv.model.inputs import from_inputs
+from equiv.report.numbers import percent
 from equiv.report.report import Report
 from equiv.testing.models import mlp, transformer
 
@@ -119,6 +120,68 @@ def test_the_exact_oracle_leaves_only_the_head() -> None:
     report = equiv.check(model, head, IDS, seed=SEED)
     assert all(b.recovered == 0 for b in report.behaviour if b.layers == "all")
     assert "does not replace" in report.headline or "not measured" in report.headline
+
+
+@pytest.mark.parametrize("site", ["mlp_in", "resid_mid", "block_out"])
+def test_simultaneous_offsets_are_shifts_of_two_models_added_at_once(site: str) -> None:
+    model = transformer("llama", seed=1, dtype=torch.float32)
+    update = equiv.Update.random(model, 0.05, seed=2)
+    report = equiv.check(
+        model, update, IDS, sites=(site,), forms=("vector",), seed=SEED
+    )
+    _, held = held_out(model)
+    s = equiv.shifts(model, update, IDS[held], sites=(site,))
+    added = {(layer, site): equiv.Offset(s[layer, site].exact) for layer in (0, 1)}
+    tuned = tuned_model(model, update)
+    with equiv.steer(model, added):
+        distance = float(kl(tuned, model, IDS[held]).mean())
+    row = found(report, "simultaneous offsets", site)
+    assert row.distance == pytest.approx(distance, rel=1e-3)
+    assert row.num_parameters is None and row.strength is None
+
+
+@torch.no_grad()
+def test_offsets_count_a_shift_once_per_layer_above_it() -> None:
+    """To first order they move the logits by Σ_l (L − l) J δ_l, not by Σ_l J δ_l.
+
+    J δ_l, what layer l's own update does to the logits, is the derivative of the
+    whole model in the direction of that layer's part alone. The rest is of order t.
+    """
+    model, layers, t = transformer("llama", seed=1, num_hidden_layers=3), 3, 1e-4
+    update = equiv.Update.random(model, 0.05, seed=2).restricted(layers=range(layers))
+    call = {"input_ids": IDS[:4]}
+    counted = torch.zeros(())
+    for layer in range(layers):
+        part = update.restricted(layers=[layer])
+        _, first = witness.whole_jvp(model, part, call)
+        counted = counted + (layers - layer) * first["logits"]
+    s = equiv.shifts(model, update.scaled(t), IDS[:4], dtype=torch.float64)
+    keys = [(layer, "block_out") for layer in range(layers)]
+    added = {key: equiv.Offset(s[key].exact) for key in keys}
+    with witness.own_arithmetic():
+        base = model(**call).logits
+        with equiv.steer(model, added):
+            moved = (model(**call).logits - base) / t
+    assert float((moved - counted).norm() / counted.norm()) < 10 * t
+
+
+def test_one_layer_has_no_offsets_that_count_twice() -> None:
+    model = transformer("llama", seed=1, dtype=torch.float32, num_hidden_layers=1)
+    update = equiv.Update.random(model, 0.05, seed=2)
+    report = equiv.check(model, update, IDS, forms=("vector",), seed=SEED)
+    assert not any(b.rung == "simultaneous offsets" for b in report.behaviour)
+
+
+def test_what_offsets_cost_is_said_where_they_cost(case: Any) -> None:
+    _, _, report = case
+    said = " ".join(str(report).split())
+    best = next(b for b in report.behaviour if b.site and b.site in report.headline)
+    cost = found(report, "simultaneous offsets", best.site).recovered
+    assert cost is not None and cost < (
+        found(report, "exact oracle", best.site).recovered or 0
+    )
+    assert f"recovers {percent(cost)}" in said and "counted again there" in said
+    assert "simultaneous offsets" not in report.headline
 
 
 def test_least_squares_may_be_worse_than_none_the_report_never() -> None:

@@ -2,8 +2,14 @@
 
 Rungs, per site and for all layers together: unsteered · vector · affine of rank 1, r
 and full rank, fitted sequentially · the first-order, midpoint and exact oracle, which
-set the site's activation to base + shift, per token, without any parametrisation.
-Besides, each single layer steered alone.
+set the site's activation to base + shift, per token, without any parametrisation ·
+simultaneous offsets, which add to every layer the exact shift that was seen there in
+the unsteered model. Besides, each single layer steered alone.
+
+Offsets are what people take from two models that each ran alone. What is added at one
+layer moves all layers above by itself, so that the shift of layer l is counted once
+more at every steered layer above it: with L layers Σ_l (L − l) J δ_l arrives instead
+of Σ_l J δ_l, to first order in the blocks' own shifts δ_l.
 
 Fits see the fitting sequences only. Each fitted rung is run on the held-out sequences
 at several strengths, 0 (no steering) among them, and the best is reported, with the
@@ -27,10 +33,11 @@ from equiv.shift.traces import Trace
 from equiv.steering.chain import Chain, Spec, Stream, aim
 from equiv.steering.fits import Moments, Regression
 from equiv.steering.forms import Steering
-from equiv.steering.oracle import Overwrite
+from equiv.steering.oracle import Offset, Overwrite
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-ORACLES = ("first-order oracle", "midpoint oracle", "exact oracle")
+OFFSETS = "simultaneous offsets"
+ORACLES = ("first-order oracle", "midpoint oracle", "exact oracle", OFFSETS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,10 @@ class Ladder:
     def __post_init__(self) -> None:
         self.chains = [Chain(self.cut, spec, STRENGTHS) for spec in self.specs]
         held = tuple(i for i, b in enumerate(self.cut.batches) if b.held_out)
-        kinds = [k for k in ORACLES if self.midpoint or not k.startswith("mid")]
+        left_out = set() if self.midpoint else {"midpoint oracle"}
+        if self.cut.num_layers == 1:  # added to one layer, an offset sets it
+            left_out.add(OFFSETS)
+        kinds = [kind for kind in ORACLES if kind not in left_out]
         self.oracles = {
             Label(site, kind): Stream(held)
             for site in dict.fromkeys(Site(key).write for key in self.sites)
@@ -110,8 +120,7 @@ class Ladder:
                 if trace.batch not in stream.batches:
                     continue
                 if trace.moved:
-                    target = Overwrite(_oracle(label.rung, label.site, trace))
-                    steer = {label.site: target}
+                    steer = {label.site: _oracle(label.rung, label.site, trace)}
                     stream.advance(self.cut, stage, tensors, trace.batch, steer)
                 else:
                     stream.follow(trace)
@@ -200,11 +209,14 @@ class Ladder:
         found.add(tuned, out, entry.mask, entry.labels)
 
 
-def _oracle(rung: str, site: str, trace: Trace) -> Tensor:
-    base = trace.values[0.0][site]
+def _oracle(rung: str, site: str, trace: Trace) -> Steering:
+    base, tuned = trace.values[0.0][site], trace.values[1.0][site]
+    if rung == OFFSETS:
+        return Offset(tuned - base)
     if rung == "exact oracle":
-        return trace.values[1.0][site]
-    return base + trace.tangents[0.5 if rung.startswith("midpoint") else 0.0][site]
+        return Overwrite(tuned)
+    at = 0.5 if rung == "midpoint oracle" else 0.0
+    return Overwrite(base + trace.tangents[at][site])
 
 
 def _count(steering: Sequence[Steering] | object) -> int:

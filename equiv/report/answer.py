@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from equiv.behaviour.ladder import OFFSETS
 from equiv.report.naming import (
+    at,
     end,
     everywhere,
     held_out,
@@ -49,16 +51,19 @@ def unsteered(report: "Report") -> Behaviour | None:
 
 
 def exact_oracle(report: "Report") -> Behaviour | None:
-    """The exact oracle at the site of the best fitted steering."""
+    """The exact oracle at the site that the best fitted steering writes."""
+    return _beside_the_best(report, "exact oracle")
+
+
+def offsets(report: "Report") -> Behaviour | None:
+    """The simultaneous offsets at the site that the best fitted steering writes."""
+    return _beside_the_best(report, OFFSETS)
+
+
+def _beside_the_best(report: "Report", rung: str) -> Behaviour | None:
     row = best(report)
-    return next(
-        (
-            b
-            for b in report.behaviour
-            if row is not None and b.rung == "exact oracle" and b.site == row.site
-        ),
-        None,
-    )
+    found = (b for b in report.behaviour if row is not None and b.writes == row.writes)
+    return next((b for b in found if b.rung == rung), None)
 
 
 def reason(report: "Report") -> str:
@@ -181,7 +186,7 @@ def _by(report: "Report", row: Behaviour) -> str:
     layers = "" if is_plain(report) else ", all layers"
     share = percent(row.parameter_share)
     size = "" if row.parameter_share is None else f", {share} of the parameters"
-    return f"{row.rung} at {row.site}{layers}{size}"
+    return f"{row.rung} {at(row.site)}{layers}{size}"
 
 
 def why_no_behaviour(report: "Report") -> str:

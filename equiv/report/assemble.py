@@ -102,7 +102,8 @@ def fits(table: MomentTable, specs: Sequence[Spec]) -> tuple[FitRow, ...]:
             made.append(
                 FitRow(
                     layer=layer,
-                    site=site,
+                    reads=Site(site).read,
+                    writes=Site(site).write,
                     form=spec.rung,
                     rank=_rank(spec, moments.width),
                     target=_aimed_at(table, site, aimed),
@@ -188,8 +189,10 @@ def _row(
     count = ladder.num_parameters.get(key)
     values = found.tokens_flat
     kl = found.has_logits
+    fitted = label.strength is not None
     return Behaviour(
-        site=label.site,
+        reads=Site(label.site).read if fitted else "",
+        writes=Site(label.site).write,
         rung=label.rung,
         layers=label.layers,
         target=ladder.targets.get(key, ""),

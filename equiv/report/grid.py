@@ -50,7 +50,7 @@ class Grid:
     def _parts(self, width: int) -> Iterator[list[int]]:
         """Columns that fit the width together; the first is in every part."""
         widths = [
-            _PADDING + max(Text.assemble(line[i]).cell_len for line in self._lines())
+            _PADDING + max(_width(line[i]) for line in self._lines())
             for i in range(len(self.header))
         ]
         part: list[int] = []
@@ -76,3 +76,8 @@ class Grid:
             if any(Text.assemble(cell).plain for cell in cells[1:]):
                 table.add_row(*cells)
         return table
+
+
+def _width(cell: str | Text) -> int:
+    """Columns that a cell takes; a name may have several lines."""
+    return max(line.cell_len for line in Text.assemble(cell).split("\n"))

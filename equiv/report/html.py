@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equiv.report import naming, numbers, plot
+from equiv.report import ladder_plot, naming, numbers, plot
 from equiv.report.answer import unsteered
-from equiv.report.files import write_text
 from equiv.report.meaning import meaning
 from equiv.report.page import page
 from equiv.report.prose import joined
 from equiv.report.values import Scope, Verdict
+from equiv.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def to_html(report: "Report") -> str:
             "percent": numbers.percent,
             "joined": joined,
             "reach": naming.reach,
-            "listed": " and ".join,
+            "listed": naming.listed,
         },
         report=report,
         subject=report.subject,
@@ -50,6 +50,7 @@ def to_html(report: "Report") -> str:
         plain=naming.is_plain(report),
         midpoint=naming.has_midpoint(report),
         ends=naming.ENDS,
+        pairs=naming.differ(fit.site for fit in report.fits),
         between=numbers.between,
         propagated=[r for r in report.rows if r.scope is Scope.PROPAGATED],
         local=[r for r in report.rows if r.scope is Scope.LOCAL],
@@ -63,7 +64,7 @@ def _fitted_to_their_own_shift(report: "Report") -> list[str]:
     """Sites whose steering aims at their own shift though fits aim at the block's."""
     if naming.is_plain(report) or report.subject.target != "block":
         return []
-    own = (row.site for row in report.behaviour if row.target == "shift")
+    own = (row.writes for row in report.behaviour if row.target == "shift")
     return list(dict.fromkeys(own))
 
 
@@ -75,7 +76,7 @@ def _pictures(report: "Report") -> Iterator[tuple[str, str, str]]:
             "Share of the change in behaviour that each way of steering recovers. "
             "Fitted forms on the left, oracles that know the tuned activations on the "
             "right.",
-            _svg(plot.ladder(report), "ladder"),
+            _svg(ladder_plot.ladder(report), "ladder"),
         )
     if any(row.remainder is not None for row in report.rows):
         where = "site" if naming.is_plain(report) else "layer and site"

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 from equiv.report.answer import (
     best,
     exact_oracle,
+    offsets,
     smallest,
     unsteered,
     why_not_judged,
     wrong_orders,
 )
-from equiv.report.naming import end, everywhere, is_plain, moves_only_output
+from equiv.report.naming import at, end, everywhere, is_plain, moves_only_output
 from equiv.report.numbers import percent, scale
 from equiv.report.values import Behaviour, Radius, Verdict
 
@@ -91,11 +92,12 @@ def _steering(report: "Report") -> Iterator[str]:
         )
     else:
         yield (
-            f"The best {_kind(report, row)} that was fitted, {row.rung} at {row.site}"
+            f"The best {_kind(report, row)} that was fitted, {row.rung} {at(row.site)}"
             f"{_in_layers(report)}, makes up for {percent(row.recovered)} of the "
             f"change in behaviour with {row.num_parameters:,} numbers."
         )
     yield from _oracle(report, row.recovered)
+    yield from _offsets(report)
 
 
 def _kind(report: "Report", row: Behaviour) -> str:
@@ -119,7 +121,7 @@ def _oracle(report: "Report", fitted: float) -> Iterator[str]:
     oracle = exact_oracle(report) if fitted > 0 else _best_oracle(report)
     if oracle is None or oracle.recovered is None:
         return
-    setting = f"Setting {oracle.site} to the tuned model's own activation"
+    setting = f"Setting {oracle.writes} to the tuned model's own activation"
     setting += _in_layers(report)
     share = percent(oracle.recovered)
     rest = _out_of_reach(report, oracle)
@@ -140,6 +142,22 @@ def _oracle(report: "Report", fitted: float) -> Iterator[str]:
         )
 
 
+def _offsets(report: "Report") -> Iterator[str]:
+    """What adding all layers' shifts at once costs, where it costs anything."""
+    oracle, added = exact_oracle(report), offsets(report)
+    if oracle is None or added is None:
+        return
+    one, other = oracle.recovered or 0.0, added.recovered or 0.0
+    if other >= one or percent(other) == percent(one):
+        return
+    worse = ", which is worse than no steering" if other < 0 else ""
+    yield (
+        f"Adding to {added.writes} in every layer at once the shift that was seen "
+        f"there in the unsteered model recovers {percent(other)}{worse}: what is added "
+        "below moves the layers above by itself, and is counted again there."
+    )
+
+
 def _best_oracle(report: "Report") -> Behaviour | None:
     return max(
         (b for b in report.behaviour if b.rung == "exact oracle"),
@@ -152,6 +170,6 @@ def _out_of_reach(report: "Report", oracle: Behaviour) -> str:
     """What the exact oracle leaves, and why; nothing when it is only rounding."""
     if (oracle.recovered or 0.0) > 0.9999 or report.subject.num_layers < 2:
         return ""
-    if oracle.site == "block_out":
+    if oracle.writes == "block_out":
         return "; the rest is done after the last block, by the update of the head"
     return "; the rest is done by what is added to the stream elsewhere, or by the head"

@@ -4,9 +4,10 @@ A plain module is one stage without blocks. It has no layers to name, and its in
 are rows rather than tokens when each of them is one.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from equiv.model.sites import LOGITS, OUTPUT
+from equiv.model.sites import LOGITS, OUTPUT, Site
 from equiv.report.numbers import counted, percent, scale
 from equiv.report.values import FitRow, Radius, Row, Scope, Verdict
 from equiv.steering.fits import ENOUGH_TOKENS
@@ -56,6 +57,53 @@ def place(report: "Report", row: Row) -> str:
     if is_plain(report) or row.site in ENDS:
         return f"{row.site} ({row.scope})"
     return f"layer {row.layer}, {row.site}, {row.scope}"
+
+
+def at(site: str) -> str:
+    """Where a steer reads and writes, in words.
+
+    Example:
+        >>> at("mlp_out"), at("resid_mid->block_out")
+        ('at mlp_out', 'reading resid_mid, writing block_out')
+    """
+    pair = Site(site)
+    if pair.read == pair.write:
+        return f"at {pair.write}"
+    return f"reading {pair.read}, writing {pair.write}"
+
+
+def differ(sites: Iterable[str]) -> bool:
+    """Whether any steer among these writes another site than it reads."""
+    return any(Site(site).read != Site(site).write for site in sites)
+
+
+def heads(rows: str, sites: Sequence[str]) -> list[str]:
+    r"""Heads of a table with a column per site; `rows` is what its rows are.
+
+    Example:
+        >>> heads("layer", ["mlp_out", "block_out"])
+        ['layer', 'mlp_out', 'block_out']
+        >>> heads("layer", ["resid_mid->block_out"])
+        ['layer   reads\n       writes', 'resid_mid\nblock_out']
+    """
+    if not differ(sites):
+        return [rows, *sites]
+    pairs = [Site(site) for site in sites]
+    return [
+        f"{rows}   reads\n{' ' * len(rows)}  writes",
+        *(f"{pair.read}\n{pair.write}" for pair in pairs),
+    ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence lists them.
+
+    Example:
+        >>> listed(["attn_out"]), listed(["a", "b", "c"])
+        ('attn_out', 'a, b and c')
+    """
+    *rest, last = names
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def everywhere(report: "Report") -> str:

@@ -1,14 +1,13 @@
-"""Pictures of a report, with matplotlib: the ladder, the heat map, the Taylor plots."""
+"""Pictures of first order, with matplotlib: the heat map and the Taylor plots."""
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from equiv.errors import ArgumentError, MissingExtraError
-from equiv.report.answer import unsteered
+from equiv.report.drawing import GREY, blank, clean, shades
 from equiv.report.naming import ENDS, has_midpoint, is_plain
 from equiv.report.numbers import figure, scale
-from equiv.report.values import Behaviour, Row, Scope, Verdict
+from equiv.report.values import Row, Scope, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,96 +15,10 @@ if TYPE_CHECKING:
 
     from equiv.report.report import Report
 
-# Okabe–Ito colours, told apart by people with any colour vision; markers besides.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "#666666"
 # More layers than these are named in part: the shades between them are in order.
 _NAMED_LAYERS = 6
 # Remainders outside are coloured like these.
 _SHADED = (1e-3, 1.0)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """A figure that belongs to nobody's global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError(
-            "Pictures need matplotlib: pip install 'equiv[report]'."
-        ) from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _clean(axes: "Axes") -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def ladder(report: "Report") -> "Figure":
-    """What each way of steering recovers of the update's behaviour, a line per site.
-
-    Raises:
-        ArgumentError: If the report has no behaviour.
-        MissingExtraError: If matplotlib is not installed.
-    """
-    none = unsteered(report)
-    if none is None:
-        raise ArgumentError(
-            "This report has no behaviour to plot: expected a check with inputs."
-        )
-    rows = [row for row in report.behaviour if row.layers == "all" and row.site]
-    rungs = ["unsteered", *dict.fromkeys(row.rung for row in rows)]
-    made = _figure(9.0, 4.4)
-    axes = made.subplots()
-    _clean(axes)
-    for i, site in enumerate(dict.fromkeys(row.site for row in rows)):
-        _ladder_line(axes, [row for row in rows if row.site == site], rungs, i)
-    axes.axhline(1, color=_GREY, linewidth=0.8, linestyle=":")
-    axes.axhline(0, color=_GREY, linewidth=0.8)
-    axes.set_xticks(
-        range(len(rungs)), [rung.replace(" oracle", "\noracle") for rung in rungs]
-    )
-    what = "KL to the tuned model" if none.measure == "kl" else "output difference"
-    axes.set_ylabel(f"share of the {what} recovered")
-    plain = is_plain(report)
-    title = "One site steered at a time" if plain else "All layers steered at one site"
-    if any(row.recovered_low is not None for row in rows):
-        title += "; bars are 95 % bootstrap intervals"
-    axes.set_title(title, loc="left", fontsize=10, color=_GREY)
-    axes.legend(frameon=False, loc="best")
-    return made
-
-
-def _ladder_line(
-    axes: "Axes", rows: Sequence[Behaviour], rungs: Sequence[str], i: int
-) -> None:
-    points = [(0.0, 0.0, 0.0, 0.0)]
-    for row in rows:
-        if row.recovered is None:
-            continue
-        low = row.recovered if row.recovered_low is None else row.recovered_low
-        high = row.recovered if row.recovered_high is None else row.recovered_high
-        points.append((rungs.index(row.rung), row.recovered, low, high))
-    offset = 0.05 * (i - 1.5)  # sites side by side, so that bars stay apart
-    x = [p[0] + offset for p in points]
-    y = [p[1] for p in points]
-    bars = [
-        [max(0.0, p[1] - p[2]) for p in points],
-        [max(0.0, p[3] - p[1]) for p in points],
-    ]
-    style: dict[str, Any] = {
-        "color": _COLOURS[i % len(_COLOURS)],
-        "marker": _MARKERS[i % len(_MARKERS)],
-        "markersize": 5,
-        "linewidth": 1.5,
-        "elinewidth": 1,
-        "capsize": 2,
-        "label": rows[0].site,
-    }
-    axes.errorbar(x, y, yerr=bars, **style)
 
 
 def heat_map(report: "Report") -> "Figure":
@@ -122,7 +35,7 @@ def heat_map(report: "Report") -> "Figure":
             dict.fromkeys(r.site if r.site in ENDS else str(r.layer) for r in rows)
         )
     )
-    made = _figure(9.0, max(2.0, 0.9 + 0.32 * len(lines)))
+    made = blank(9.0, max(2.0, 0.9 + 0.32 * len(lines)))
     panels = made.subplots(1, len(titles), squeeze=False)[0]
     for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         grid = [[math.nan] * (1 if plain else len(sites)) for _ in lines]
@@ -136,7 +49,7 @@ def heat_map(report: "Report") -> "Figure":
         axes.set_yticks(range(len(lines)), lines)
         axes.set_xticks(*([], []) if plain else (range(len(sites)), sites))
         axes.set_ylabel("site" if plain else "layer")
-        axes.set_title(f"remainder {title}", loc="left", fontsize=10, color=_GREY)
+        axes.set_title(f"remainder {title}", loc="left", fontsize=10, color=GREY)
     return made
 
 
@@ -175,10 +88,10 @@ def taylor(report: "Report") -> "Figure":
     sites = list(dict.fromkeys(row.site for row in rows))[:6]
     columns = min(3, max(1, len(sites)))
     lines = math.ceil(max(1, len(sites)) / columns)
-    made = _figure(9.0, 2.9 * lines + 0.4)
+    made = blank(9.0, 2.9 * lines + 0.4)
     panels = made.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes in panels.flat:
-        _clean(axes)
+        clean(axes)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
     colours = _layer_colours(rows)
@@ -197,15 +110,8 @@ def taylor(report: "Report") -> "Figure":
 
 
 def _layer_colours(rows: Sequence[Row]) -> dict[int, Any]:
-    """A shade per layer, the same in every panel, darker below; black for the head."""
-    from matplotlib import colormaps
-
-    layers = sorted({row.layer for row in rows if row.site not in ENDS})
-    shades = colormaps["viridis"]
-    found = {
-        layer: shades(0.9 * i / max(1, len(layers) - 1))
-        for i, layer in enumerate(layers)
-    }
+    """A shade per layer; black for the head."""
+    found = shades(row.layer for row in rows if row.site not in ENDS)
     return {row.layer: "black" for row in rows} | found
 
 
@@ -228,7 +134,7 @@ def _taylor_panel(axes: "Axes", rows: Sequence[Row], colours: dict[int, Any]) ->
     if not drawn:
         axes.text(
             0.5, 0.5, "zero to rounding", transform=axes.transAxes, ha="center"
-        ).set_color(_GREY)
+        ).set_color(GREY)
     tolerance = next((r.radius.tolerance for r in rows if r.radius), 0.1)
     axes.axhline(tolerance, color="#D55E00", linewidth=0.9, linestyle=":")
     # Also where nothing is drawn: a lone line gives a log axis no extent.
@@ -250,9 +156,9 @@ def _taylor_legend(
     """Which line style is which derivative, and which shade which layer."""
     from matplotlib.lines import Line2D
 
-    keys = [Line2D([], [], color=_GREY, label="from the base")]
+    keys = [Line2D([], [], color=GREY, label="from the base")]
     if has_midpoint(report):
-        keys.append(Line2D([], [], color=_GREY, ls="--", label="from the midpoint"))
+        keys.append(Line2D([], [], color=GREY, ls="--", label="from the midpoint"))
     layers = sorted({row.layer for row in rows if row.site not in ENDS})
     if len(layers) > _NAMED_LAYERS:
         layers = [layers[0], layers[len(layers) // 2], layers[-1]]

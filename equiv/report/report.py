@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-FORMAT = 1  # 1: first format
+# 1: first format; 2: what steers read and write apart, spectra, contributions.
+FORMAT = 2
 
 _PASSING = (Verdict.HOLDS, Verdict.EXACT, Verdict.NOT_APPLICABLE)
 
@@ -150,7 +151,7 @@ class Report:
         Args:
             path: Where to save the picture, if anywhere (.png, .svg, .pdf …).
         """
-        from equiv.report.plot import ladder
+        from equiv.report.ladder_plot import ladder
 
         made = ladder(self)
         if path is not None:

@@ -11,7 +11,9 @@ from equiv.report.answer import best, unsteered, why_no_behaviour
 from equiv.report.grid import Grid
 from equiv.report.meaning import meaning
 from equiv.report.naming import (
+    at,
     few,
+    heads,
     is_plain,
     moves_only_output,
     place,
@@ -21,6 +23,7 @@ from equiv.report.naming import (
 from equiv.report.numbers import counted, figure, percent, scale
 from equiv.report.prose import Prose
 from equiv.report.remainders import remainder_tables
+from equiv.report.rungs import columns, columns_of
 from equiv.report.values import Behaviour, Order, Scope, Verdict
 
 if TYPE_CHECKING:
@@ -129,8 +132,8 @@ def _distance(row: Behaviour) -> str:
 
 def _ladder(report: "Report", none: Behaviour) -> Iterator[RenderableType]:
     every = [row for row in report.behaviour if row.layers == "all" and row.site]
-    sites = list(dict.fromkeys(row.site for row in every))
-    cells = {(row.rung, row.site): row for row in every}
+    sites = columns(every)
+    cells = {(row.rung, site): row for row in every for site in columns_of(row, sites)}
     lines = [
         [
             rung.replace("first-order", "1st-order"),
@@ -140,7 +143,7 @@ def _ladder(report: "Report", none: Behaviour) -> Iterator[RenderableType]:
     ]
     layers = "" if is_plain(report) else ", all layers"
     title = f"Recovered of the unsteered model's {_distance(none)}{layers}"
-    yield Grid(title, ["rung", *sites], lines)
+    yield Grid(title, heads("rung", sites), lines)
     yield from (Prose(line) for line in _best_lines(report))
 
 
@@ -155,7 +158,7 @@ def _recovered(row: Behaviour | None) -> Text:
 def _best_lines(report: "Report") -> Iterator[str]:
     row = best(report)
     if row is not None and row.strength:
-        where = f"{row.rung} at {row.site}, strength {scale(row.strength)}"
+        where = f"{row.rung} {at(row.site)}, strength {scale(row.strength)}"
         if row.measure == "kl":
             yield (
                 f"{where}: KL {figure(row.distance)} nats per token (99.9 % of tokens "
@@ -175,7 +178,7 @@ def _best_lines(report: "Report") -> Iterator[str]:
     ]
     if alone:
         said = ", ".join(
-            f"layer {r.layers} at {r.site} {percent(r.recovered)}" for r in alone
+            f"layer {r.layers} {at(r.site)} {percent(r.recovered)}" for r in alone
         )
         yield f"Best single layers ({alone[0].rung}): {said}."
 
@@ -211,7 +214,7 @@ def _fits(report: "Report") -> Iterator[RenderableType]:
             [str(layer), *(cells.get((layer, site), "–") for site in sites)]
             for layer in dict.fromkeys(fit.layer for fit in fits)
         ]
-        yield Grid(f"{title} (held out)", ["layer", *sites], lines)
+        yield Grid(f"{title} (held out)", heads("layer", sites), lines)
     scarcest = min(fits, key=lambda fit: fit.tokens_per_dimension)
     if said := few(report, scarcest):
         yield Prose(

@@ -8,6 +8,7 @@ unmasked token. Norms are Frobenius norms over unmasked tokens.
 
 from dataclasses import dataclass
 
+from equiv.model.sites import Site
 from equiv.shift.results import (
     Order,
     Radius,
@@ -83,7 +84,8 @@ class FitRow:
     """
 
     layer: int
-    site: str
+    reads: str
+    writes: str
     form: str
     rank: int | None  # None for a vector
     target: str
@@ -95,6 +97,11 @@ class FitRow:
     verdict: str  # "measured", "too few tokens", "inconclusive", "not applicable"
     reason: str
 
+    @property
+    def site(self) -> str:
+        """Where it reads and writes, as `Site.key`."""
+        return Site(self.writes, read=self.reads).key
+
 
 @dataclass(frozen=True)
 class Behaviour:
@@ -105,7 +112,8 @@ class Behaviour:
     1 − distance / distance of the unsteered model, with its bootstrap interval.
     """
 
-    site: str  # "" for the unsteered model
+    reads: str  # "" for the unsteered model and for oracles, which read nothing
+    writes: str  # "" for the unsteered model
     rung: str  # "unsteered", "vector", "affine r8", "first-order oracle", …
     layers: str  # "all" or the index of a single layer
     target: str
@@ -126,6 +134,11 @@ class Behaviour:
     parameter_share: float | None
     sequences: int
     reason: str = ""
+
+    @property
+    def site(self) -> str:
+        """Where it reads and writes, as `Site.key`; "" for the unsteered model."""
+        return Site(self.writes, read=self.reads).key
 
 
 @dataclass(frozen=True)
