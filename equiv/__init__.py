@@ -39,6 +39,9 @@ from equiv.shift.activations import shifts as shifts
 from equiv.steering.affine import Affine as Affine
 from equiv.steering.apply import steer as steer
 from equiv.steering.custom import Custom as Custom
+from equiv.steering.downstream import fit_downstream as fit_downstream
+from equiv.steering.files import load as load
+from equiv.steering.files import save as save
 from equiv.steering.fits import fit as fit
 from equiv.steering.forms import Steering as Steering
 from equiv.steering.heads import Heads as Heads
@@ -46,7 +49,9 @@ from equiv.steering.loreft import LoReFT as LoReFT
 from equiv.steering.mlp import LowRankMLP as LowRankMLP
 from equiv.steering.oracle import Offset as Offset
 from equiv.steering.oracle import Overwrite as Overwrite
+from equiv.steering.reaching import reach as reach
 from equiv.steering.sequential import fit_sequential as fit_sequential
 from equiv.steering.steering_set import SteeringSet as SteeringSet
+from equiv.steering.unknowns import Reach as Reach
 from equiv.steering.vector import Vector as Vector
 from equiv.update.update import Update as Update

@@ -16,7 +16,7 @@ from equiv.errors import FileFormatError
 T = TypeVar("T")
 
 # JSON has no numbers for these.
-_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def whole(kind: type[T], content: Any, path: Path, what: str) -> T:
@@ -91,8 +91,8 @@ def _decoded_fields(kind: Any, value: Any) -> Any:
 
 def _decoded_plain(kind: Any, value: Any) -> Any:
     if kind is float:
-        if isinstance(value, str) and value in _SPECIAL:
-            return _SPECIAL[value]
+        if isinstance(value, str) and value in SPECIAL:
+            return SPECIAL[value]
         if isinstance(value, int) and not isinstance(value, bool):
             return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from equiv.errors import ArgumentError
 from equiv.model.sites import SiteKey, as_site_key
 from equiv.steering.forms import Steering
 
@@ -60,3 +61,20 @@ class SteeringSet(Mapping[SiteKey, Steering]):
         """Every steer `strength` times as strong."""
         made = {key: value.scaled(strength) for key, value in self.entries.items()}
         return replace(self, entries=made)
+
+
+def as_set(steering: object) -> SteeringSet:
+    """Steering as a set; a mapping gets the positions "all" and nothing known of it.
+
+    Raises:
+        ArgumentError: If it is no mapping.
+        SiteError: If a key is no site.
+    """
+    if isinstance(steering, SteeringSet):
+        return steering
+    if not isinstance(steering, Mapping):
+        raise ArgumentError(
+            "Expected a mapping of (layer, site) → steering, got "
+            f"{type(steering).__name__}."
+        )
+    return SteeringSet(steering)
