@@ -40,23 +40,25 @@ class _Noted:
     def __init__(self, module: nn.Module, method: str) -> None:
         self.module, self.method = module, method
         self.own = vars(module).get(method)
-        self.plain: Callable[..., Any] = getattr(module, method)
-        self.names = tuple(inspect.signature(self.plain).parameters)
+        self.plain: Callable[..., Any] = getattr(type(module), method)
+        self.names = tuple(inspect.signature(getattr(module, method)).parameters)
         self.notes: list[Note] = []
 
     def put(self) -> None:
         """Put the noted method on the module."""
         noted = self
 
-        @functools.wraps(self.plain)
-        def call(_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return noted.call(args, kwargs)
+        @functools.wraps(getattr(self.module, self.method))
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return noted.call(module, args, kwargs)
 
         call.noted = self  # type: ignore[attr-defined]
         # A bound method, which `copy.deepcopy` binds to the copy.
         vars(self.module)[self.method] = types.MethodType(call, self.module)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The method as it was, between what is told to the notes."""
         begun: list[Note] = []
         try:
@@ -64,7 +66,9 @@ class _Noted:
                 if note.kind:  # read, so that compiled graphs are guarded by it
                     note.begin(dict(zip(self.names, args, strict=False)) | kwargs)
                     begun.append(note)
-            return self.plain(*args, **kwargs)
+            if self.own is not None:
+                return self.own(*args, **kwargs)
+            return self.plain(module, *args, **kwargs)
         finally:
             for note in begun:
                 note.end()

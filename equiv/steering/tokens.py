@@ -116,11 +116,11 @@ def numbered(
         tensor([[ 1, -1],
                 [ 0,  0]])
     """
-    shaped = [mask for n in used if isinstance(mask := masks[n], Tensor)]
+    shaped = [mask for mask in masks if isinstance(mask, Tensor)]
     if not shaped:  # numbers that are not used are not in the bank either
         return torch.tensor(0 if used else -1) if rows is None else rows
     first = shaped[0]
-    own = torch.tensor(0) if rows is None else rows
+    own = torch.tensor([0]) if rows is None else rows
     own = own.to(first.device).reshape(-1, *[1] * (first.ndim - 1))
     index = torch.full(first.shape, -1, device=first.device)
     for number in used:
