@@ -54,6 +54,13 @@ class ForwardModeError(EquivError, RuntimeError):
     """An operation of the model has no forward-mode derivative in PyTorch."""
 
 
+class NoExactFormError(EquivError, ValueError):
+    """Steering that is no weight edit, or an update that is no steering, exactly.
+
+    The message says which steer or parameter it is, and why.
+    """
+
+
 class FileFormatError(EquivError, ValueError):
     """A file is not what it was taken for, is damaged, or would have to run code."""
 

@@ -1,4 +1,7 @@
-"""Updates from PEFT adapters: plain LoRA in factors, all else merged minus base."""
+"""Updates from PEFT adapters: plain LoRA in factors, all else merged minus base.
+
+BEFT, and LoRA with `lora_bias`, add biases, also where the base has none.
+"""
 
 import copy
 import json
@@ -42,11 +45,11 @@ def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
             "in place and their old values are gone. Pass a base loaded afresh: "
             "`equiv.check(base, adapted)`."
         )
-    if _all_plain_lora(adapted):
+    kind = next(iter(adapted.peft_config.values())).peft_type.value  # pyright: ignore
+    if _all_plain(adapted):
         deltas = _lora_factors(base)
         if deltas:
-            return Update.from_dict(deltas, source="LoRA")
-    kind = next(iter(adapted.peft_config.values())).peft_type.value  # pyright: ignore
+            return Update.from_dict(deltas, source="LoRA" if kind == "LORA" else kind)
     _check_untied(base)
     try:
         # In float64: half precision would round away most of a small update.
@@ -95,7 +98,7 @@ def is_peft(model: object) -> bool:
 
 
 def from_directory(path: str | Path, model: nn.Module | None = None) -> Update:
-    """The update of a plain LoRA adapter on disk, without its base.
+    """The update of a plain LoRA or BEFT adapter on disk, without its base.
 
     Args:
         path: The adapter's folder.
@@ -104,11 +107,11 @@ def from_directory(path: str | Path, model: nn.Module | None = None) -> Update:
 
     Raises:
         FileFormatError: If the directory holds no adapter in safetensors.
-        UpdateError: If it is of another kind than plain LoRA.
+        UpdateError: If it is of another kind.
     """
     folder = Path(path)
     config = _read_config(folder)
-    if not is_plain_lora(config):
+    if not is_plain(config):
         raise UpdateError(
             f"{folder} is a {config.get('peft_type')} adapter with parts that only "
             "PEFT can merge. Load it with `PeftModel.from_pretrained(model, ...)` and "
@@ -119,6 +122,10 @@ def from_directory(path: str | Path, model: nn.Module | None = None) -> Update:
     deltas: dict[str, Delta] = {}
     while weights:
         name = next(iter(weights))
+        if (bias := _BIAS.fullmatch(name)) is not None:
+            scaling = _scaling(config, bias["module"]) if bias["lora"] else 1.0
+            deltas[f"{bias['module']}.bias"] = _bias(weights.pop(name), scaling)
+            continue
         found = _FACTOR.fullmatch(name)
         if found is None and _is_copy(name, weights[name], own):
             del weights[name]
@@ -140,7 +147,8 @@ def from_directory(path: str | Path, model: nn.Module | None = None) -> Update:
             if kind
             else _factors(down, up, scaling, as_linear=True)
         )
-    return Update.from_dict(deltas, source=f"LoRA adapter {folder.name}")
+    kind = "LoRA" if config["peft_type"] == "LORA" else config["peft_type"]
+    return Update.from_dict(deltas, source=f"{kind} adapter {folder.name}")
 
 
 def _is_copy(name: str, stored: Tensor, own: Mapping[str, Tensor]) -> bool:
@@ -159,15 +167,17 @@ _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_"
     r"(?P<kind>embedding_|)[AB](?P<ending>\.weight|)"
 )
+_BIAS = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(?:(?P<lora>lora_B\.bias)|beft_bias)"
+)
 
 
-def is_plain_lora(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter configuration is LoRA with nothing beside the factors."""
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter configuration is LoRA or BEFT, with nothing beside."""
     extras = (
         "alora_invocation_tokens",
         "arrow_config",
         "layer_replication",
-        "lora_bias",
         "modules_to_save",
         "target_parameters",
         "trainable_token_indices",
@@ -175,7 +185,7 @@ def is_plain_lora(config: Mapping[str, Any]) -> bool:
         "use_qalora",
     )
     return (
-        config.get("peft_type") == "LORA"
+        config.get("peft_type") in ("LORA", "BEFT")
         and config.get("bias", "none") == "none"
         and not any(config.get(extra) for extra in extras)
     )
@@ -243,9 +253,13 @@ def _factors(
     return LowRank(left, right, as_linear)
 
 
-def _all_plain_lora(adapted: Any) -> bool:
+def _bias(added: Tensor, scaling: float) -> Tensor:
+    return added.detach().double().flatten() * scaling
+
+
+def _all_plain(adapted: Any) -> bool:
     active = adapted.active_adapters
-    return all(is_plain_lora(_as_dict(adapted.peft_config[name])) for name in active)
+    return all(is_plain(_as_dict(adapted.peft_config[name])) for name in active)
 
 
 def _trains_biases(adapted: Any) -> bool:
@@ -262,9 +276,11 @@ def _as_dict(config: Any) -> dict[str, Any]:
 
 
 def _lora_factors(base: nn.Module) -> dict[str, Delta]:
-    """Factors of every LoRA layer, active adapters side by side."""
+    """Factors of every LoRA layer, active adapters side by side; added biases."""
     deltas: dict[str, Delta] = {}
     for name, found in base.named_modules():
+        if biases := _added_biases(found):
+            deltas[f"{clean(name)}.bias"] = torch.stack(biases).sum(0)
         if not (hasattr(found, "lora_A") and hasattr(found, "base_layer")):
             continue
         module: Any = found  # PEFT's own classes, which may not be installed
@@ -293,9 +309,26 @@ def _lora_factors(base: nn.Module) -> dict[str, Delta]:
     return deltas
 
 
+def _added_biases(found: nn.Module) -> list[Tensor]:
+    """What each active adapter adds to the output of a layer of LoRA or BEFT."""
+    module: Any = found
+    if hasattr(found, "beft_bias"):
+        own = module.beft_bias
+        return [_bias(own[k], 1.0) for k in module.active_adapters if k in own]
+    if not hasattr(found, "lora_B"):
+        return []
+    return [
+        _bias(module.lora_B[k].bias, float(module.scaling[k]))
+        for k in module.active_adapters
+        if k in module.lora_B and module.lora_B[k].bias is not None
+    ]
+
+
 def is_own(name: str) -> bool:
     """Whether a parameter belongs to the base and not to an adapter."""
-    return not re.search(r"\.(lora_|modules_to_save|ia3_|hada_|lokr_|oft_|vera_)", name)
+    return not re.search(
+        r"\.(lora_|beft_|modules_to_save|ia3_|hada_|lokr_|oft_|vera_)", name
+    )
 
 
 def clean(name: str) -> str:
