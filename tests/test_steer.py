@@ -129,6 +129,7 @@ def test_words_count_the_tokens_of_each_sequence(family: str, side: str) -> None
         ("llama", {"use_cache": False}),
         ("llama", {"prefill_chunk_size": 2}),
         ("llama", {"cache_implementation": "static"}),
+        ("llama", {"attention_mask": None}),  # then it is inferred from the padding
         ("gpt2", {}),
         ("gpt2", {"use_cache": False}),
         ("olmo2", {}),
@@ -144,7 +145,7 @@ def test_generation_is_steered_as_the_whole_sequence_is(
     tried = list(WORDS) if not how else ["all", "last + generated", "first 2"]
     for words in tried:
         with equiv.steer(model, {(0, "block_out"): Vector(v)}, positions=words):
-            found = model.generate(**batch, **ask, **how)
+            found = model.generate(**{**batch, **ask, **how})
         logits = torch.stack(found.logits, 1)
         for row, prompt in enumerate(PROMPTS):
             tokens, expected = greedy(model, list(prompt), WORDS[words], v)
@@ -152,12 +153,16 @@ def test_generation_is_steered_as_the_whole_sequence_is(
             assert found.sequences[row, WIDTH:].tolist() == tokens
 
 
+@pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
-def test_a_loop_with_a_cache_is_steered_as_the_whole_sequence_is() -> None:
+def test_a_loop_with_a_cache_is_steered_as_the_whole_sequence_is(static: bool) -> None:
+    from transformers import StaticCache
+
     model, v, prompt = model_of(), vector(), list(PROMPTS[0])
     for words, rule in WORDS.items():
         tokens, expected = greedy(model, prompt, rule, v)
-        found, cache, given = [], None, torch.tensor([prompt])
+        found, given = [], torch.tensor([prompt])
+        cache = StaticCache(config=model.config, max_cache_len=16) if static else None
         with equiv.steer(model, {(0, "block_out"): Vector(v)}, positions=words):
             for token in tokens:
                 out = model(input_ids=given, past_key_values=cache, use_cache=True)
@@ -239,6 +244,18 @@ def test_a_generation_that_goes_on_has_a_longer_prompt() -> None:
         out = model.generate(turn, past_key_values=cache, **GENERATE)
     tokens, _ = greedy(model, turn[0].tolist(), WORDS["last"], v)
     assert out[0, turn.shape[1] :].tolist() == tokens
+
+
+@torch.no_grad()
+def test_guessed_tokens_are_steered_as_generated_ones() -> None:
+    """Speculative decoding runs guesses ahead and takes the wrong ones back."""
+    model, v, prompt = model_of(), vector(), [3, 9, 4, 3, 9, 4, 11, 3, 9]
+    ids = torch.tensor([prompt])
+    for words in ("generated", "last + generated", "first 2", "prompt"):
+        with equiv.steer(model, {(0, "block_out"): Vector(v)}, positions=words):
+            out = model.generate(ids, **GENERATE, prompt_lookup_num_tokens=3)
+        tokens, _ = greedy(model, prompt, WORDS[words], v)
+        assert out[0, len(prompt) :].tolist() == tokens
 
 
 @torch.no_grad()

@@ -267,6 +267,49 @@ def test_a_steer_can_be_trained_while_it_is_applied() -> None:
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
 
 
+def test_derivatives_pass_through() -> None:
+    """Forward and reverse, by a steering vector, against central differences."""
+    model = llama(torch.float64)
+    v, direction = (random(16, seed=n).double() for n in range(2))
+
+    def steered(v: Tensor) -> Tensor:
+        edit = LoReFT(rotation().double(), v.expand(2, 16), v[:2])
+        with equiv.steer(model, {(0, "block_out"): Vector(v), (1, "mlp_out"): edit}):
+            return run(model)
+
+    step = 1e-5
+    with witness.own_arithmetic():
+        tangent = torch.func.jvp(steered, (v,), (direction,))[1]
+        out, pull = torch.func.vjp(steered, v)[:2]
+        (pulled,) = pull(torch.ones_like(out))
+        with torch.no_grad():
+            ahead, behind = (steered(v + t * direction) for t in (step, -step))
+    expected = (ahead - behind) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(pulled @ direction, tangent.sum())
+
+
+def test_checkpointed_gradients_are_right_or_refused() -> None:
+    """Checkpoints run the inside of a block again, outside any forward of the model."""
+    inside = {k: s for k, s in steering().items() if k[1] != "resid_mid"}
+
+    def gradients(checkpointed: bool, steers: Any, positions: str) -> list[Tensor]:
+        model = llama().train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        with equiv.steer(model, steers, positions=positions):
+            run(model).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    plain, again = (gradients(c, inside, "all") for c in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(plain, again, strict=True))
+    for steers, positions in ((inside, "last"), (steering(), "all")):
+        with pytest.raises(
+            ArgumentError, match="once more for a checkpointed gradient"
+        ):
+            gradients(True, steers, positions)
+
+
 def test_a_loreft_can_be_trained_while_it_is_applied() -> None:
     """It is folded into one thin map, unless it is to change."""
     layer = nn.Sequential(nn.Identity())

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from equiv.errors import ArgumentError
 from equiv.model.factors import Factors, UnusedFactorsError, forward_with_factors
 from equiv.model.sites import (
     Place,
@@ -56,7 +57,11 @@ class Writes:
             return activation  # written to `attn_out`, below
         activation = self._changed(site, activation)
         if site == "attn_out" and self.joins_middle and "resid_mid" in self.by_site:
-            assert self._entered is not None
+            if self._entered is None:
+                raise ArgumentError(
+                    "`resid_mid` is steered in a forward of a whole block, but a part "
+                    "of it ran alone, or once more for a checkpointed gradient."
+                )
             self.seen["resid_mid"] = self._entered + activation
             activation = self._changed("resid_mid", activation)
         return activation
