@@ -18,6 +18,7 @@ from equiv.errors import FileFormatError as FileFormatError
 from equiv.errors import ForwardModeError as ForwardModeError
 from equiv.errors import InputsError as InputsError
 from equiv.errors import MissingExtraError as MissingExtraError
+from equiv.errors import NoExactFormError as NoExactFormError
 from equiv.errors import NotEquivalentError as NotEquivalentError
 from equiv.errors import NotSameError as NotSameError
 from equiv.errors import OutputsError as OutputsError
@@ -44,6 +45,7 @@ from equiv.steering.files import load as load
 from equiv.steering.files import save as save
 from equiv.steering.fits import fit as fit
 from equiv.steering.forms import Steering as Steering
+from equiv.steering.from_weights import to_steering as to_steering
 from equiv.steering.heads import Heads as Heads
 from equiv.steering.loreft import LoReFT as LoReFT
 from equiv.steering.mlp import LowRankMLP as LowRankMLP
@@ -54,4 +56,6 @@ from equiv.steering.sequential import fit_sequential as fit_sequential
 from equiv.steering.steering_set import SteeringSet as SteeringSet
 from equiv.steering.unknowns import Reach as Reach
 from equiv.steering.vector import Vector as Vector
+from equiv.steering.weight_edit import WeightEdit as WeightEdit
+from equiv.steering.weights import to_weights as to_weights
 from equiv.update.update import Update as Update

@@ -1,0 +1,135 @@
+"""`equiv.to_steering`: a weight update as steering, where it is one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from equiv.model.families import Blocks
+from equiv.model.guard import check_model
+from equiv.model.sites import SiteKey
+from equiv.steering.digests import update_digest
+from equiv.steering.forms import Steering
+from equiv.steering.halves import blocks_of
+from equiv.steering.steer_rules import Differences, no_steering, steers_of_block
+from equiv.steering.steering_set import SteeringSet
+from equiv.steering.weight_edit import WeightEdit
+from equiv.update.adapters import from_directory, from_model, is_peft
+from equiv.update.sources import resolve
+from equiv.update.update import Update
+
+
+def to_steering(update: object, model: nn.Module) -> SteeringSet:
+    """The steering that does exactly what a weight update does, if there is one.
+
+    Exact to the rounding of the weights' dtype, for every token, in eval mode. What is
+    steering, with L the attention or MLP's last projection:
+
+    - L's weight: reads attn_heads or mlp_hidden, writes attn_out or mlp_out. Low-rank
+      factors stay factors, and a dense difference gets the rank it has;
+    - L's bias: a vector at attn_out or mlp_out; a bias of the values: at attn_out;
+    - both behind a norm that follows L (Gemma-2, OLMo-2): at attn_heads or mlp_hidden,
+      where L reaches them from there;
+    - the MLP's first layers (gate and up), where one map of mlp_in does it for all;
+    - the LayerNorms of a post-norm block (BERT): at resid_mid and block_out.
+
+    Nothing else is taken: queries, keys and the values' weights act before attention
+    mixes the tokens, embeddings and the language head are outside the blocks.
+
+    Args:
+        update: An `equiv.Update`, a mapping of parameter name → difference, a
+            `WeightEdit`, a tuned model, a `PeftModel` (LoRA, BEFT or what PEFT can
+            merge), or a path or hub id of these. It may hold biases that the base
+            lacks, where its layers could have them.
+        model: The base, a Hugging Face model of a known family.
+
+    Returns:
+        The steering, for `equiv.steer`.
+
+    Raises:
+        NoExactFormError: If a parameter's difference is no steering; the message says
+            which and why.
+        UpdateError: If `update` is no update, or does not fit the model.
+        UnsupportedModelError: If the model is of no known family, or what is updated is
+            no plain layer or shares its weight.
+
+    Example:
+        >>> from equiv.testing.models import transformer
+        >>> model = transformer("llama")
+        >>> bias = {"model.layers.1.self_attn.o_proj.bias": torch.ones(16)}
+        >>> to_steering(bias, model)
+        SteeringSet(1 steers at attn_out, 16 parameters)
+    """
+    check_model(model)
+    blocks = blocks_of(model)
+    found = _differences(update, model)
+    entries: dict[SiteKey, Steering] = {}
+    left: list[str] = []
+    for index in range(len(blocks.modules)):
+        own = Differences(model, f"{blocks.path}.{index}", found.deltas)
+        steers = steers_of_block(blocks.architecture, own)
+        entries |= {(index, site): steering for site, steering in steers.items()}
+        left += [f"{own.prefix}.{name}" for name in own.left]
+    start = f"{blocks.path}."
+    left += [name for name in found.deltas if not name.startswith(start)]
+    if left:
+        raise no_steering(left[0], _why_not(left[0], blocks))
+    about = {"update": {"source": found.source, "sha256": update_digest(found)}}
+    return SteeringSet(entries, about=about)
+
+
+def _differences(update: object, model: nn.Module) -> Update:
+    """An update that fits the model but for biases that the base does not have."""
+    if isinstance(update, WeightEdit):
+        update = Update.from_dict(update.deltas, source="steering as weights")
+    elif isinstance(update, (str, Path)) and (Path(update) / _ADAPTER).is_file():
+        update = from_directory(update, model)
+    elif is_peft(update):
+        assert isinstance(update, nn.Module)
+        update = from_model(update, model)
+    elif isinstance(update, nn.Module):
+        update = _between(model, update)
+    elif isinstance(update, Mapping):
+        update = Update.from_dict(update)
+    if not isinstance(update, Update):
+        return resolve(model, update)
+    new = {n: d for n, d in update.deltas.items() if _could_have(model, n)}
+    old = {n: d for n, d in update.deltas.items() if n not in new}
+    fitted = resolve(model, Update(old, {}, update.source)).deltas if old else {}
+    return Update({**fitted, **new}, {}, update.source)
+
+
+_ADAPTER = "adapter_config.json"
+
+
+def _could_have(model: nn.Module, name: str) -> bool:
+    """Whether a name is the bias of a layer that has none."""
+    path, _, last = name.rpartition(".")
+    module = dict(model.named_modules()).get(path)
+    return last == "bias" and isinstance(module, nn.Linear) and module.bias is None
+
+
+def _between(model: nn.Module, tuned: nn.Module) -> Update:
+    """Tuned − base; biases that only the tuned model has start from zero."""
+    before, after = dict(model.named_parameters()), dict(tuned.named_parameters())
+    new = {n: torch.zeros_like(after[n]) for n in after if _could_have(model, n)}
+    if not new:
+        return Update.between(model, tuned)
+    return Update.from_state_dicts({**before, **new}, after)
+
+
+def _why_not(name: str, blocks: Blocks) -> str:
+    """Why no rule takes a parameter."""
+    if not name.startswith(f"{blocks.path}."):
+        return "it is outside the blocks, and so before or after all sites"
+    attention = blocks.architecture.attn_projection.split(".")[0]
+    path = name.removeprefix(f"{blocks.path}.").partition(".")[2]
+    if "norm" in path.lower() or path.startswith("ln_"):
+        return "of the norms only those that end the sum of a stream are taken (BERT)"
+    if path.startswith(f"{attention}."):
+        return (
+            "it acts before attention mixes the tokens, and a steer is given one token "
+            "at a time"
+        )
+    return "no site is an affine function of it"
