@@ -19,6 +19,7 @@ from equiv.errors import ForwardModeError as ForwardModeError
 from equiv.errors import InputsError as InputsError
 from equiv.errors import MissingExtraError as MissingExtraError
 from equiv.errors import NoExactFormError as NoExactFormError
+from equiv.errors import NotConvergedWarning as NotConvergedWarning
 from equiv.errors import NotEquivalentError as NotEquivalentError
 from equiv.errors import NotSameError as NotSameError
 from equiv.errors import OutputsError as OutputsError
@@ -43,7 +44,7 @@ from equiv.steering.custom import Custom as Custom
 from equiv.steering.downstream import fit_downstream as fit_downstream
 from equiv.steering.files import load as load
 from equiv.steering.files import save as save
-from equiv.steering.fits import fit as fit
+from equiv.steering.fitting import fit as fit
 from equiv.steering.forms import Steering as Steering
 from equiv.steering.from_weights import to_steering as to_steering
 from equiv.steering.heads import Heads as Heads

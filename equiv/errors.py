@@ -96,3 +96,10 @@ class NotSameError(EquivError, AssertionError):
 
     One line: what differs most, where, by how much, and what it looks like.
     """
+
+
+class NotConvergedWarning(UserWarning):
+    """An iterative fit stopped before it came to an end; its best result is kept.
+
+    Give it fewer parameters, or a better start.
+    """

@@ -15,6 +15,7 @@ from equiv.model.batches import split
 from equiv.model.inputs import from_inputs
 from equiv.report.numbers import percent
 from equiv.report.report import Report
+from equiv.steering.fits import RIDGE
 from equiv.testing.models import mlp, transformer
 
 IDS = torch.randint(3, 32, (16, 9), generator=torch.Generator().manual_seed(0))
@@ -95,7 +96,7 @@ def test_a_fitted_rung_is_the_steered_model(case: Any, site: str, rung: str) -> 
     form = rung.split()[0]
     rank = {"r1": 1, "r4": 4, "full": None}[rung.split()[1]] if form != "vector" else 1
     steering = equiv.fit_sequential(
-        model, update, IDS[fitting], site=site, form=form, rank=rank
+        model, update, IDS[fitting], site=site, form=form, rank=rank, ridge=RIDGE
     )
     tuned = tuned_model(model, update)
     tried = {0.0: float(kl(tuned, model, IDS[held]).mean())}
@@ -208,7 +209,7 @@ def test_rungs_of_an_encoder_are_the_steered_encoder(site: str) -> None:
     report = equiv.check(model, update, IDS, seed=SEED)
     row = found(report, "affine r8", site)
     fitting, held = held_out(model)
-    steering = equiv.fit_sequential(model, update, IDS[fitting], site=site)
+    steering = equiv.fit_sequential(model, update, IDS[fitting], site=site, ridge=RIDGE)
     tuned = tuned_model(model, update)
     assert row.strength
     scaled = {key: s.scaled(row.strength) for key, s in steering.items()}

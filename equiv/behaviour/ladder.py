@@ -30,7 +30,7 @@ from equiv.behaviour.distance import Distances
 from equiv.model.sites import LOGITS, Site, Steer
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.traces import Trace
-from equiv.steering.chain import Chain, Spec, Stream, aim
+from equiv.steering.chain import Chain, Spec, Stream, aim, everywhere
 from equiv.steering.fits import Moments, Regression
 from equiv.steering.forms import Steering
 from equiv.steering.oracle import Offset, Overwrite
@@ -81,7 +81,10 @@ class Ladder:
     targets: dict[Label, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.chains = [Chain(self.cut, spec, STRENGTHS) for spec in self.specs]
+        self.chains = [
+            Chain(self.cut, everywhere(self.cut, spec), STRENGTHS)
+            for spec in self.specs
+        ]
         held = tuple(i for i, b in enumerate(self.cut.batches) if b.held_out)
         left_out = set() if self.midpoint else {"midpoint oracle"}
         if self.cut.num_layers == 1:  # added to one layer, an offset sets it
@@ -141,8 +144,8 @@ class Ladder:
             return
         for site in self.sites:
             spec = self.single
-            regression = Regression(moments[site], spec.ridge)
-            steering = regression.form(spec.form, spec.rank)
+            regression = Regression(moments[site], spec.fixed_ridge)
+            steering = regression.form(str(spec.form), spec.rank)
             for strength in STRENGTHS:
                 stream = Stream(
                     self.held, {b: hidden[b] for b in self.held if b in hidden}
@@ -184,12 +187,12 @@ class Ladder:
 
     def _streams(self) -> list[tuple[Label, Stream]]:
         found = list(self.oracles.items())
-        for chain in self.chains:
-            spec = chain.spec
+        for spec, chain in zip(self.specs, self.chains, strict=True):
+            aimed = aim(self.cut, spec.site, spec.target)
             for strength, stream in chain.held_out.items():
                 label = Label(spec.site, spec.rung, "all", strength)
                 self.num_parameters[label] = _count(chain.steering.values())
-                self.targets[label] = "block" if chain.aim == "block_out" else "shift"
+                self.targets[label] = "block" if aimed == "block_out" else "shift"
                 found.append((label, stream))
         for one in self.singles:
             assert self.single is not None

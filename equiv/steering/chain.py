@@ -12,7 +12,7 @@ At `attn_out` and `mlp_in` a write passes through the MLP first; there the steer
 fitted to the site's own y whatever the target.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,7 +22,8 @@ from equiv.model.sites import Site, SiteKey, Sites, Steer
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
 from equiv.shift.traces import Trace
-from equiv.steering.fits import RIDGE, Moments, Regression
+from equiv.steering.fits import RIDGE
+from equiv.steering.fitter import Asked, Fitted, Fitter, Form
 from equiv.steering.forms import Steering
 from equiv.steering.sinks import fitted_tokens, stream_of
 
@@ -31,21 +32,52 @@ TARGETS = ("block", "shift")
 
 @dataclass(frozen=True)
 class Spec:
-    """Which steering: where, of what form and rank, aiming at what."""
+    """Which steering: where, of what form and rank, aiming at what.
+
+    Attributes:
+        site: Where it reads and writes, as `Site.key`.
+        form: One of `equiv.steering.fitter.FITTED`, or a module.
+        rank: Rank of the map; `None` for full rank, or where the form has none.
+        target: "block" or "shift"; see `aim`.
+        ridge: Relative ridge; `None` to choose it.
+        first_position: Whether the first token of each sequence is fitted.
+        activation: Of a low-rank MLP.
+    """
 
     site: str
-    form: str
-    rank: int | None  # None: full rank (affine), or a vector
+    form: Form
+    rank: int | None
     target: str = "block"
-    ridge: float = RIDGE
+    ridge: float | None = RIDGE
     first_position: bool | None = None
+    activation: str = "silu"
 
     @property
     def rung(self) -> str:
         """Its name on the ladder."""
-        if self.form == "vector":
-            return "vector"
-        return "affine full" if self.rank is None else f"affine r{self.rank}"
+        if not isinstance(self.form, str):
+            return "own form"
+        if self.form in ("vector", "heads"):
+            return self.form
+        return f"{self.form} full" if self.rank is None else f"{self.form} r{self.rank}"
+
+    @property
+    def fixed_ridge(self) -> float:
+        """The ridge that was given, or the one that is taken without choosing."""
+        return RIDGE if self.ridge is None else self.ridge
+
+    def fitter(self, cut: StagedModel) -> Fitter:
+        """A fitter of this form for a model."""
+        heads = None
+        if self.form == "heads":
+            config = getattr(cut.model, "config", None)
+            heads = getattr(config, "num_attention_heads", None)
+            if heads is None:
+                raise ArgumentError(
+                    f"{type(cut.model).__name__} does not say how many heads it has: "
+                    'form="heads" needs a Hugging Face model.'
+                )
+        return Fitter(Asked(self.form, self.rank, self.ridge, self.activation, heads))
 
 
 def writes_through(cut: StagedModel, site: str) -> bool:
@@ -97,24 +129,40 @@ class Stream:
         return out, sites
 
 
+Plan = Mapping[int, Sequence[Spec]]
+
+
 class Chain:
-    """A sequential fit under way: one `step` per block, bottom to top."""
+    """A sequential fit under way: one `step` per block, bottom to top.
+
+    Attributes:
+        steering: What is fitted so far.
+        fits: How each fit went.
+    """
 
     def __init__(
         self,
         cut: StagedModel,
-        spec: Spec,
+        plan: Plan,
         strengths: Sequence[float] = (),
-        layers: Sequence[int] | None = None,
+        choosing: Iterable[int] = (),
     ) -> None:
+        """Start.
+
+        Args:
+            cut: The model.
+            plan: Layer → steers, in the order in which the block comes to them.
+            strengths: At which the held-out batches are steered.
+            choosing: Batches that choose the ridge, where it is not given.
+        """
         fit = tuple(i for i, b in enumerate(cut.batches) if not b.held_out)
         held = tuple(i for i, b in enumerate(cut.batches) if b.held_out)
-        self.cut, self.spec = cut, spec
-        self.aim = aim(cut, spec.site, spec.target)
+        self.cut, self.plan = cut, plan
         self.fitted = Stream(fit)
         self.held_out = {strength: Stream(held) for strength in strengths}
         self.steering: dict[SiteKey, Steering] = {}
-        self.layers = frozenset(cut.layers if layers is None else layers)
+        self.fits: dict[SiteKey, Fitted] = {}
+        self.choosing = frozenset(choosing)
 
     def enter(self, batch: int, hidden: Tensor) -> None:
         """Start from the embedding's output, which no steering has touched."""
@@ -131,47 +179,48 @@ class Chain:
                 for stream in (self.fitted, *self.held_out.values()):
                     stream.follow(trace)
             return
-        if stage.layer not in self.layers:
-            for stream in (self.fitted, *self.held_out.values()):
-                for batch in stream.batches:
-                    stream.advance(self.cut, stage, tensors, batch, {})
-            return
         tuned = {trace.batch: trace.values[1.0] for trace in traces}
-        steering = self._fit(stage, tensors, tuned)
-        self.steering[stage.layer, self.spec.site] = steering
+        steers: dict[str, Steering] = {}
+        for spec in self.plan.get(stage.layer, ()):
+            found = self._fit(stage, tensors, tuned, spec, steers)
+            steers[spec.site] = found.steering
+            self.steering[stage.layer, spec.site] = found.steering
+            self.fits[stage.layer, spec.site] = found
         for batch in self.fitted.batches:
-            self._move(self.fitted, stage, tensors, batch, steering)
+            self.fitted.advance(self.cut, stage, tensors, batch, steers)
         for strength, stream in self.held_out.items():
-            scaled = steering.scaled(strength)
+            scaled = {site: s.scaled(strength) for site, s in steers.items()}
             for batch in stream.batches:
-                self._move(stream, stage, tensors, batch, scaled)
+                stream.advance(self.cut, stage, tensors, batch, scaled)
 
     def _fit(
         self,
         stage: Stage,
         tensors: Mapping[str, Tensor],
         tuned: Mapping[int, Sites],
-    ) -> Steering:
-        moments, spec = Moments(), self.spec
-        read = Site(spec.site).read
+        spec: Spec,
+        steers: Steer,
+    ) -> Fitted:
+        """Fit one steer on the stream, with the block's earlier ones applied."""
+        fitter = spec.fitter(self.cut)
+        aimed, read = aim(self.cut, spec.site, spec.target), Site(spec.site).read
         for batch in self.fitted.batches:
             hidden = self.fitted.hidden.get(batch)
-            _, sites = self.cut.run(stage, tensors, hidden, batch)
-            missing = tuned[batch][self.aim] - sites[self.aim]
+            _, sites = self.cut.run(stage, tensors, hidden, batch, steer=steers)
+            missing = tuned[batch][aimed] - sites[aimed]
             keep = fitted_tokens(
                 self.cut.batches[batch].mask,
                 stream_of(sites, read),
                 first_position=spec.first_position,
             )
-            moments.add(counted(sites[read], keep), counted(missing, keep))
-        return Regression(moments, spec.ridge).form(spec.form, spec.rank)
+            fitter.add(
+                counted(sites[read], keep),
+                counted(missing, keep),
+                choosing=batch in self.choosing,
+            )
+        return fitter.fit()
 
-    def _move(
-        self,
-        stream: Stream,
-        stage: Stage,
-        tensors: Mapping[str, Tensor],
-        batch: int,
-        steering: Steering,
-    ) -> None:
-        stream.advance(self.cut, stage, tensors, batch, {self.spec.site: steering})
+
+def everywhere(cut: StagedModel, spec: Spec) -> Plan:
+    """The same steer in every layer."""
+    return dict.fromkeys(cut.layers, (spec,))

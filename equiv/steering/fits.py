@@ -1,4 +1,4 @@
-"""Closed-form fits: the vector and the rank-r affine map that best match a shift.
+"""Closed-form fits from moments: vector, linear, affine, LoReFT and heads.
 
 Symbols
     x   what the steer reads, [tokens, d]; y the shift it should make, [tokens, e]
@@ -10,24 +10,26 @@ B = (C_xx + λ…)⁻¹ C_xy is the full solution, and with V the r leading eige
 C_xyᵀ B (the covariance of the fitted values) the best rank-r map is B V Vᵀ, for every
 r from one decomposition. The bias is ȳ − x̄ B V Vᵀ.
 
+A linear map is the same with moments that are not centred. A LoReFT is an affine map
+whose bias lies in the columns of `up`: the best one is the linear map of [x; 1]. Per
+head and coordinate, scale and offset are the regression of y_i on x_i alone.
+
 Only moments are kept, so memory does not grow with the tokens, and the misfit on any
 other set of tokens follows from that set's moments:
 
     misfit = Σ ‖y − ŷ‖² / Σ ‖y‖²
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from equiv.arguments import as_choice, as_rank, as_ridge, as_tensor
 from equiv.errors import ArgumentError
 from equiv.steering.affine import Affine
-from equiv.steering.forms import FORMS, Steering
-from equiv.steering.sinks import fitted_tokens
+from equiv.steering.forms import Steering
+from equiv.steering.heads import Heads
+from equiv.steering.loreft import LoReFT
 from equiv.steering.vector import Vector
 
 # One thousandth of the mean variance: fits on few tokens stay bounded, and with
@@ -63,13 +65,31 @@ class Moments:
         self.xx += sums[2]
         self.xy += sums[3]
 
+    def plus(self, other: "Moments") -> "Moments":
+        """The moments of both sets of tokens together."""
+        if self.x is None or other.x is None:
+            return other if self.x is None else self
+        assert self.y is not None and self.xx is not None and self.xy is not None
+        assert other.y is not None and other.xx is not None and other.xy is not None
+        return Moments(
+            self.n + other.n,
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.xy + other.xy,
+            self.yy + other.yy,
+        )
+
     @property
     def width(self) -> int:
         """Dimension d of what is read."""
         return 0 if self.x is None else len(self.x)
 
     def misfit(self, steering: Steering) -> float | None:
-        """Share of Σ‖y‖² that the steering leaves; `None` where y is zero."""
+        """Share of Σ‖y‖² that the steering leaves; `None` where y is zero.
+
+        The steering has to be affine in what it reads.
+        """
         if self.x is None or not self.yy:
             return None
         assert self.y is not None and self.xx is not None and self.xy is not None
@@ -77,9 +97,7 @@ class Moments:
             v = steering.vector.double()
             left = self.yy - 2 * float(v @ self.y) + self.n * float(v @ v)
             return max(left, 0.0) / self.yy
-        assert isinstance(steering, Affine)
-        weight = steering.down.double().T @ steering.up.double().T  # [d, e]
-        b = self.y * 0 if steering.bias is None else steering.bias.double()
+        weight, b = _as_matrix(steering, len(self.y))  # [d, e], [e]
         cross = float((weight * self.xy).sum()) + float(b @ self.y)
         square = (
             float((weight * (self.xx @ weight)).sum())
@@ -89,25 +107,46 @@ class Moments:
         return max(self.yy - 2 * cross + square, 0.0) / self.yy
 
 
+def _as_matrix(steering: Steering, e: int) -> tuple[Tensor, Tensor]:
+    """(map [d, e], bias [e]) of a steer that is affine in what it reads, float64."""
+    if isinstance(steering, LoReFT):
+        steering = steering.affine()
+    if isinstance(steering, Heads):
+        scale, offset = steering.parts()
+        zero = torch.zeros(e, dtype=torch.float64)
+        slope, bias = (zero if p is None else p.double() for p in (scale, offset))
+        return torch.diag(slope), bias
+    assert isinstance(steering, Affine)
+    weight = steering.down.double().T @ steering.up.double().T
+    if steering.bias is None:
+        return weight, weight.new_zeros(e)
+    return weight, steering.bias.double()
+
+
 class Regression:
-    """Vector and affine maps of every rank from one decomposition of the moments."""
+    """Every form that has a closed-form fit, from the moments of one set of tokens.
+
+    The vector and the affine maps of every rank share one decomposition.
+    """
 
     def __init__(self, moments: Moments, ridge: float = RIDGE) -> None:
         assert moments.x is not None and moments.y is not None
         assert moments.xx is not None and moments.xy is not None
         n, d = moments.n, moments.width
+        self.moments, self.ridge = moments, ridge
         self.mean_x, self.mean_y = moments.x / n, moments.y / n
-        c_xx = moments.xx - n * torch.outer(self.mean_x, self.mean_x)
-        c_xy = moments.xy - n * torch.outer(self.mean_x, self.mean_y)
-        level = float(c_xx.diagonal().sum()) / d
-        eye = torch.eye(d, dtype=c_xx.dtype, device=c_xx.device)
+        self.c_xx = moments.xx - n * torch.outer(self.mean_x, self.mean_x)
+        self.c_xy = moments.xy - n * torch.outer(self.mean_x, self.mean_y)
         # C_xx is a difference of sums like Σ xxᵀ, and known to their rounding only.
-        rounding = torch.finfo(c_xx.dtype).eps * max(n, d)
-        tiny = rounding * float(moments.xx.diagonal().sum())
-        self.full = _solve(c_xx + ridge * level * eye, c_xy, tiny)
-        fitted = c_xy.T @ self.full
-        _, vectors = torch.linalg.eigh((fitted + fitted.T) / 2)
-        self.directions = vectors.flip(1)  # leading first
+        rounding = torch.finfo(self.c_xx.dtype).eps * max(n, d)
+        self.tiny = rounding * float(moments.xx.diagonal().sum())
+        self.full, self.directions = reduced_rank(
+            self.c_xx, self.c_xy, self._penalty(self.c_xx), self.tiny
+        )
+
+    def _penalty(self, c_xx: Tensor) -> Tensor:
+        level = float(c_xx.diagonal().sum()) / len(c_xx)
+        return torch.full((len(c_xx),), self.ridge * level).to(c_xx)
 
     def vector(self) -> Vector:
         """The mean shift."""
@@ -120,9 +159,88 @@ class Regression:
         down = (self.full @ kept).T
         return Affine(down, kept, self.mean_y - kept @ (down @ self.mean_x))
 
-    def form(self, form: str, rank: int | None) -> Steering:
+    def linear(self, rank: int | None) -> Affine:
+        """The best linear map of rank r, without a bias."""
+        xx, xy = self.moments.xx, self.moments.xy
+        assert xx is not None and xy is not None
+        full, directions = reduced_rank(xx, xy, self._penalty(xx), self.tiny)
+        width = full.shape[1]
+        kept = directions[:, : min(rank or width, width)]
+        return Affine((full @ kept).T, kept)
+
+    def loreft(self, rank: int | None) -> LoReFT:
+        """The best LoReFT of rank r: the best linear map of [x; 1].
+
+        Raises:
+            ArgumentError: If what is written has another width than what is read.
+        """
+        m, d = self.moments, self.moments.width
+        assert m.x is not None and m.y is not None
+        assert m.xx is not None and m.xy is not None
+        if len(m.y) != d:
+            raise ArgumentError(
+                f"A LoReFT writes what it reads: expected one width, got {d} and "
+                f"{len(m.y)}. Use an affine map."
+            )
+        corner = torch.tensor([[float(m.n)]]).to(m.xx)
+        xx = torch.cat(
+            [torch.cat([m.xx, m.x[:, None]], 1), torch.cat([m.x[None], corner], 1)]
+        )
+        xy = torch.cat([m.xy, m.y[None]])
+        # As for the affine map, the bias is not penalised.
+        penalty = torch.cat([self._penalty(self.c_xx), corner.new_zeros(1)])
+        full, directions = reduced_rank(xx, xy, penalty, self.tiny)
+        kept = directions[:, : min(rank or d, d)]
+        down, rotation = (full @ kept).T, kept.T
+        return LoReFT(rotation, down[:, :d] + rotation, down[:, d])
+
+    def heads(self, num_heads: int) -> Heads:
+        """The best scale and offset of each coordinate, by head.
+
+        Raises:
+            ArgumentError: If the widths are not one, or do not divide into heads.
+        """
+        d, e = self.moments.width, len(self.mean_y)
+        if d != e or d % num_heads:
+            raise ArgumentError(
+                f"Expected {num_heads} heads of one width, read and written alike, got "
+                f"{d} coordinates read and {e} written. Heads are steered at "
+                "attn_heads."
+            )
+        variance, shared = self.c_xx.diagonal(), self.c_xy.diagonal()
+        level = variance + self._penalty(self.c_xx)
+        known = level > self.tiny
+        scale = torch.where(known, shared / level.where(known, level + 1), 0.0)
+        offset = self.mean_y - scale * self.mean_x
+        return Heads(offset.reshape(num_heads, -1), scale.reshape(num_heads, -1))
+
+    def form(
+        self, form: str, rank: int | None, num_heads: int | None = None
+    ) -> Steering:
         """The fit of the form with that name."""
-        return self.vector() if form == "vector" else self.affine(rank)
+        if form == "vector":
+            return self.vector()
+        if form == "heads":
+            return self.heads(num_heads or 1)
+        ranked = {"linear": self.linear, "affine": self.affine, "loreft": self.loreft}
+        return ranked[form](rank)
+
+
+def reduced_rank(
+    xx: Tensor, xy: Tensor, penalty: Tensor, tiny: float
+) -> tuple[Tensor, Tensor]:
+    """(full solution B, directions of the fitted values, leading first).
+
+    Args:
+        xx: Second moments of what is read, [d, d].
+        xy: Second moments with the target, [d, e].
+        penalty: Ridge on the diagonal, [d].
+        tiny: Size of the rounding in the moments.
+    """
+    full = _solve(xx + torch.diag(penalty), xy, tiny)
+    fitted = xy.T @ full
+    _, vectors = torch.linalg.eigh((fitted + fitted.T) / 2)
+    return full, vectors.flip(1)
 
 
 def _solve(matrix: Tensor, right: Tensor, tiny: float) -> Tensor:
@@ -130,82 +248,3 @@ def _solve(matrix: Tensor, right: Tensor, tiny: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     inverse = torch.where(values > tiny, 1 / values, torch.zeros_like(values))
     return vectors @ (inverse[:, None] * (vectors.T @ right))
-
-
-def fit(
-    base: Tensor,
-    exact: Tensor,
-    *,
-    form: str = "affine",
-    rank: int | None = 8,
-    mask: Tensor | Sequence[Any] | None = None,
-    ridge: float = RIDGE,
-    first_position: bool | None = None,
-) -> Steering:
-    """The steering of a form that best matches a shift, in closed form.
-
-    Args:
-        base: Activations that the steer reads, [batch, seq, d] or [tokens, d].
-        exact: The shift to match at the same tokens, same shape.
-        form: "vector" or "affine".
-        rank: Rank of the affine map; `None` for full rank.
-        mask: Tokens that count, [batch, seq] or [tokens]; 1 or true counts.
-        ridge: Relative ridge λ added to the covariance, λ tr(C)/d.
-        first_position: Whether the first token of each sequence is fitted; `None`:
-            unless it is a sink (see `equiv.steering.sinks`).
-
-    Returns:
-        The fitted steering, in float64.
-
-    Raises:
-        ArgumentError: If the shapes differ, an argument is outside its set, or no token
-            counts.
-
-    Example:
-        >>> h = torch.randn(50, 4, dtype=torch.float64,
-        ...                 generator=torch.Generator().manual_seed(0))
-        >>> shift = 2 * h + 1
-        >>> steering = fit(h, shift, rank=4, ridge=0.0)
-        >>> torch.allclose(steering(h), shift)
-        True
-    """
-    form, rank, ridge = as_choice("form", form, FORMS), as_rank(rank), as_ridge(ridge)
-    for name, value in (("base", base), ("exact", exact)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = getattr(value, "dtype", type(value).__name__)
-            raise ArgumentError(
-                f"Expected `{name}` to be a floating tensor, got {got}: convert it by "
-                "`torch.as_tensor(..., dtype=torch.float64)`."
-            )
-    if base.shape != exact.shape or base.ndim < 2:
-        raise ArgumentError(
-            "Expected `base` and `exact` of one shape [batch, seq, d] or [tokens, d], "
-            f"got {tuple(base.shape)} and {tuple(exact.shape)}."
-        )
-    mask = _as_mask(mask, base)
-    for name, value in (("base", base), ("exact", exact)):
-        if wrong := int((~torch.isfinite(value[mask])).sum()):
-            raise ArgumentError(
-                f"Expected finite numbers in `{name}`, got {wrong} NaN or infinite "
-                "entries. Leave such tokens out with `mask`."
-            )
-    keep = fitted_tokens(mask, base, first_position=first_position)
-    moments = Moments()
-    moments.add(base[keep].detach(), exact[keep].detach())
-    return Regression(moments, ridge).form(form, rank)
-
-
-def _as_mask(mask: object, base: Tensor) -> Tensor:
-    """The tokens that count, bool; every token for `None`."""
-    lead = base.shape[:-1]
-    if mask is None:
-        made = torch.ones(lead, dtype=torch.bool, device=base.device)
-    else:
-        made = as_tensor("mask", mask).to(base.device, torch.bool)
-    if made.shape != lead:
-        raise ArgumentError(
-            f"Expected a mask of shape {tuple(lead)}, got {tuple(made.shape)}."
-        )
-    if not bool(made.any()):
-        raise ArgumentError("No token is left to fit: every token is masked.")
-    return made
