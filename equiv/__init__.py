@@ -38,6 +38,7 @@ from equiv.model.sites import Site as Site
 from equiv.report.report import Report as Report
 from equiv.shift.activations import Shift as Shift
 from equiv.shift.activations import shifts as shifts
+from equiv.steering import formats as formats
 from equiv.steering.affine import Affine as Affine
 from equiv.steering.apply import steer as steer
 from equiv.steering.custom import Custom as Custom
