@@ -172,6 +172,15 @@ def test_a_loop_with_a_cache_is_steered_as_the_whole_sequence_is(static: bool) -
 
 
 @torch.no_grad()
+def test_a_part_that_is_given_tokens_is_steered_by_position() -> None:
+    """A model's backbone called by itself, as a reward or probing head does."""
+    model, batch = model_of(), padded("left")
+    with equiv.steer(model, {(0, "block_out"): Vector(vector())}, positions="last"):
+        alone = model.model(**batch).last_hidden_state
+        assert torch.equal(model.lm_head(alone), model(**batch).logits)
+
+
+@torch.no_grad()
 def test_a_mask_names_columns() -> None:
     """Of the prompt, and further: in one forward, in `generate`, in a loop."""
     model, v, batch = model_of(), vector(), padded("left")

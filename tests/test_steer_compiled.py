@@ -65,6 +65,9 @@ def test_a_steered_model_can_be_compiled(fresh_dynamo: None) -> None:
         expected = run(model)
         compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(run(compiled), expected)
+        graphs = graphs_made()
+        torch.testing.assert_close(run(compiled), expected)
+        assert graphs_made() == graphs  # nothing is left to be done at a second call
     torch.testing.assert_close(run(compiled), before)
     graphs = graphs_made()
     for seed in range(10):  # more than `recompile_limit`
@@ -94,7 +97,7 @@ def test_compiled_without_steering_and_hooks_alone_is_what_goes_wrong(
 
     handle = model[0].register_forward_hook(add)
     assert torch.equal(compiled(x), before)  # silently without the hook
-    remove = note_calls(model[0], "forward", Note("hook"))
+    remove = note_calls(model[0], "forward", Note())
     torch.testing.assert_close(compiled(x), before + 1)
     remove()
     handle.remove()

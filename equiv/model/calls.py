@@ -18,14 +18,7 @@ from torch import nn
 
 
 class Note:
-    """What is told of the calls of a module.
-
-    Attributes:
-        kind: Tells apart notes whose compiled graphs must not be taken for each other.
-    """
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    """What is told of the calls of a module; by itself it only makes them noticed."""
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """A call begins, with these arguments by name."""
@@ -63,9 +56,8 @@ class _Noted:
         begun: list[Note] = []
         try:
             for note in self.notes:
-                if note.kind:  # read, so that compiled graphs are guarded by it
-                    note.begin(dict(zip(self.names, args, strict=False)) | kwargs)
-                    begun.append(note)
+                note.begin(dict(zip(self.names, args, strict=False)) | kwargs)
+                begun.append(note)
             if self.own is not None:
                 return self.own(*args, **kwargs)
             return self.plain(module, *args, **kwargs)
@@ -100,7 +92,7 @@ def note_calls(module: nn.Module, method: str, note: Note) -> Callable[[], None]
         ...     calls = 0
         ...     def begin(self, arguments):
         ...         self.calls += len(arguments["input"])
-        >>> layer, count = nn.Linear(2, 2), Count("count")
+        >>> layer, count = nn.Linear(2, 2), Count()
         >>> remove = note_calls(layer, "forward", count)
         >>> _ = layer(torch.ones(3, 2))
         >>> remove()

@@ -59,16 +59,16 @@ def put_on(
     combine = {site: _combine(bank, tokens) for site, bank in banks.items()}
     if not middle and all(read == write for read, write in pairs):
         for site, place in places.items():
-            _hook(stack, place, site, _alone(site, combine[site]))
+            _hook(stack, place, _alone(site, combine[site]))
         return
     writes = Writes(combine, joins_middle=joins)
     if blocks is not None:
         block = blocks.block(layer)
-        _hook(stack, Place(block, "input"), "enter", _entering(writes))
+        _hook(stack, Place(block, "input"), _entering(writes))
     for site, place in places.items():
-        _hook(stack, place, site, _at(writes, site))
+        _hook(stack, place, _at(writes, site))
     if blocks is not None:
-        _hook(stack, Place(blocks.block(layer), "output"), "leave", _leaving(writes))
+        _hook(stack, Place(blocks.block(layer), "output"), _leaving(writes))
 
 
 def module_place(model: nn.Module, layer: int, site: str) -> Place:
@@ -103,15 +103,16 @@ def _prepare(places: Mapping[str, Place], banks: Banks) -> None:
                 placed.prepare((own[0].device, dtype))
 
 
-def _hook(
-    stack: ExitStack, place: Place, kind: str, change: Callable[[Tensor], Tensor]
-) -> None:
-    """A hook that others, and compiled graphs, take notice of."""
+def _hook(stack: ExitStack, place: Place, change: Callable[[Tensor], Tensor]) -> None:
+    """A hook that those who record, and compiled graphs, take notice of.
+
+    Every hook has a note of its own, since graphs are guarded by how many there are.
+    """
     handle = hook_on(place, change)
     stack.callback(handle.remove)
     if place.side == "output":
         ahead_of_recorders(place.module, handle)
-    stack.callback(note_calls(place.module, "forward", Note(kind)))
+    stack.callback(note_calls(place.module, "forward", Note()))
 
 
 def _combine(

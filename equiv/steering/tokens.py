@@ -132,7 +132,6 @@ class _Forwards(Note):
     """Tells of the forwards of the backbone."""
 
     def __init__(self, tokens: Tokens) -> None:
-        super().__init__("tokens")
         self.tokens = tokens
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
@@ -146,7 +145,6 @@ class _Generations(Note):
     """Tells of the calls of `generate`."""
 
     def __init__(self, tokens: Tokens) -> None:
-        super().__init__("generations")
         self.tokens = tokens
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
