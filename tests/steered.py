@@ -44,6 +44,10 @@ def steering(seed: int = 0) -> dict[Any, Any]:
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "all": (steering(), {}),
     "other values": (steering(7), {}),
+    "another dtype": (
+        {key: form.to("cpu", torch.float64) for key, form in steering().items()},
+        {},
+    ),
     "other sites": ({(0, "mlp_out"): Vector(random(16))}, {}),
     "one more site": ({(0, s): Vector(random(16)) for s in ("mlp_in", "mlp_out")}, {}),
     "positions": (steering(), {"positions": "first 2 + last"}),
