@@ -60,4 +60,5 @@ from equiv.steering.unknowns import Reach as Reach
 from equiv.steering.vector import Vector as Vector
 from equiv.steering.weight_edit import WeightEdit as WeightEdit
 from equiv.steering.weights import to_weights as to_weights
+from equiv.targets import fit_steering as fit_steering
 from equiv.update.update import Update as Update

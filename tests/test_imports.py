@@ -21,6 +21,7 @@ ROOMS = (
     "shift",
     "steering",
     "behaviour",
+    "targets",
     "report",
     "settings",
     "measuring",
