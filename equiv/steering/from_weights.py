@@ -6,16 +6,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from equiv.errors import UpdateMismatchError
 from equiv.model.families import Blocks
 from equiv.model.guard import check_model
 from equiv.model.sites import SiteKey
 from equiv.steering.digests import update_digest
 from equiv.steering.forms import Steering
-from equiv.steering.halves import blocks_of
+from equiv.steering.halves import blocks_of, layer_at
 from equiv.steering.steer_rules import Differences, no_steering, steers_of_block
 from equiv.steering.steering_set import SteeringSet
 from equiv.steering.weight_edit import WeightEdit
 from equiv.update.adapters import from_directory, from_model, is_peft
+from equiv.update.low_rank import Delta
 from equiv.update.sources import resolve
 from equiv.update.update import Update
 
@@ -82,8 +84,9 @@ def to_steering(update: object, model: nn.Module) -> SteeringSet:
 def _differences(update: object, model: nn.Module) -> Update:
     """An update that fits the model but for biases that the base does not have."""
     if isinstance(update, WeightEdit):
-        update = Update.from_dict(update.deltas, source="steering as weights")
-    elif isinstance(update, (str, Path)) and (Path(update) / _ADAPTER).is_file():
+        update.check_fits(model)
+        return Update.from_dict(update.deltas, source="steering as weights")
+    if isinstance(update, (str, Path)) and (Path(update) / _ADAPTER).is_file():
         update = from_directory(update, model)
     elif is_peft(update):
         assert isinstance(update, nn.Module)
@@ -96,6 +99,8 @@ def _differences(update: object, model: nn.Module) -> Update:
         return resolve(model, update)
     new = {n: d for n, d in update.deltas.items() if _could_have(model, n)}
     old = {n: d for n, d in update.deltas.items() if n not in new}
+    for name, delta in new.items():
+        _check_bias(model, name, delta)
     fitted = resolve(model, Update(old, {}, update.source)).deltas if old else {}
     return Update({**fitted, **new}, {}, update.source)
 
@@ -108,6 +113,16 @@ def _could_have(model: nn.Module, name: str) -> bool:
     path, _, last = name.rpartition(".")
     module = dict(model.named_modules()).get(path)
     return last == "bias" and isinstance(module, nn.Linear) and module.bias is None
+
+
+def _check_bias(model: nn.Module, name: str, delta: Delta) -> None:
+    """Refuse a new bias of the wrong width."""
+    expected = (layer_at(model, name.rpartition(".")[0]).weight.shape[0],)
+    if tuple(delta.shape) != expected:
+        raise UpdateMismatchError(
+            f"The update has `{name}` of shape {tuple(delta.shape)}; the model expects "
+            f"{expected}."
+        )
 
 
 def _between(model: nn.Module, tuned: nn.Module) -> Update:

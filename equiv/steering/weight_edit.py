@@ -12,7 +12,7 @@ from torch import nn
 from equiv.errors import NoExactFormError, UpdateMismatchError
 from equiv.model.guard import check_model
 from equiv.steering.deltas import as_dense, transposed
-from equiv.steering.halves import Facts, layer_at
+from equiv.steering.halves import layer_at
 from equiv.steering.new_biases import Room, make_biases
 from equiv.steering.weight_rules import Edited
 from equiv.update.low_rank import Delta, LowRank
@@ -95,8 +95,7 @@ class WeightEdit:
             UnsupportedModelError: If it is no plain model.
         """
         check_model(model)
-        for edited in self.edits:
-            _check_same(edited.layer, model)
+        self.check_fits(model)
         made = copy.deepcopy(model)
         make_biases(made, self.room)
         own = dict(made.named_parameters())
@@ -124,6 +123,22 @@ class WeightEdit:
         from equiv.steering.peft_files import write_adapter
 
         write_adapter(self, Path(directory))
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Refuse a model whose layers to edit hold other weights than they did.
+
+        Raises:
+            UpdateMismatchError: If they do.
+        """
+        modules = dict(model.named_modules())
+        for edited in self.edits:
+            name = edited.layer.name
+            if name not in modules or layer_at(model, name).facts != edited.layer:
+                raise UpdateMismatchError(
+                    f"Expected the model that the edit was made for, but `{name}` "
+                    "holds other weights, or another dtype. Make the edit anew: "
+                    "`to_weights(steering, model)`."
+                )
 
     @property
     def _new(self) -> list[str]:
@@ -159,16 +174,6 @@ class WeightEdit:
             new = f"{edited.layer.name}.bias" in self.room.names
             said.append("new bias" if new else "bias")
         return f"{' and '.join(said)} ({', '.join(edited.steers)})"
-
-
-def _check_same(layer: Facts, model: nn.Module) -> None:
-    known = layer.name in dict(model.named_modules())
-    if not known or layer_at(model, layer.name).facts != layer:
-        raise UpdateMismatchError(
-            f"Expected the model that the edit was made for, but `{layer.name}` holds "
-            "other weights, or another dtype. Make the edit anew: "
-            "`to_weights(steering, model)`."
-        )
 
 
 def _ranges(layers: list[int]) -> str:
