@@ -158,6 +158,7 @@ BROKEN_GGUF: dict[str, tuple[dict[str, Tensor], str]] = {
     "no tensors": ({}, "no direction.N"),
     "other tensors": ({"token_embd.weight": torch.ones(2)}, "expected direction.N"),
     "no number": ({"direction.x": torch.ones(2)}, "expected direction.N"),
+    "spelt otherwise": ({"direction.01": torch.ones(2)}, "expected direction.N"),
     "two axes": ({"direction.1": torch.ones(2, 2)}, "to be a vector"),
     "integers": ({"direction.1": torch.ones(2, dtype=torch.int32)}, "to be a vector"),
     "widths": (
@@ -204,6 +205,20 @@ def test_a_damaged_gguf_file_ends_in_an_error_or_in_vectors(
     assert all(isinstance(steer, equiv.Vector) for steer in found.values())
     if len(content) < path.stat().st_size:  # only padding is missing
         assert len(found) == 2
+
+
+def test_an_endless_list_ends(tmp_path: Path) -> None:
+    """A string that a flipped bit makes a list: of booleans, and of 10¹⁸ of them."""
+    pytest.importorskip("gguf")
+    path = tmp_path / "a.gguf"
+    gguf.write({(1, "block_out"): vector()}, path)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"model_hint") + len(b"model_hint")
+    assert content[at] == 8 and content[at + 4] == len("unknown") == 7  # a boolean's
+    content[at] = 9
+    path.write_bytes(content)
+    with pytest.raises(equiv.FileFormatError, match=r"ends too early"):
+        gguf.read(path)
 
 
 def test_without_gguf_the_message_says_how_to_get_it(

