@@ -112,3 +112,13 @@ def test_the_family_is_known_from_the_model_that_was_saved(tmp_path: Path) -> No
     equiv.save({(1, "mlp_out"): equiv.Vector(drawn(16))}, tmp_path / "a", model=model)
     lm_eval.write(equiv.load(tmp_path / "a"), tmp_path / "a.pt")
     assert list(torch.load(tmp_path / "a.pt")) == ["layers.1.mlp"]
+
+
+@pytest.mark.parametrize("name", ["pyreft", "lm_eval", "steerling"])
+def test_two_steers_never_become_one(name: str, tmp_path: Path) -> None:
+    """A vector reads nothing, so two keys may mean one place."""
+    twice = {(1, "block_out"): vector(), (1, "mlp_in->block_out"): vector(1)}
+    path = tmp_path / NAMES[name]
+    with pytest.raises(equiv.ArgumentError, match=r"two are for \(1, 'block_out'\)"):
+        FORMATS[name].write(twice, path, family="llama")
+    again(name, {(1, "mlp_in->block_out"): vector(1)}, tmp_path)

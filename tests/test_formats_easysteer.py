@@ -197,3 +197,9 @@ def test_what_easysteer_cannot_hold(tmp_path: Path) -> None:
     for site, steer in (("block_out", mlp()), ("mlp_out", affine())):
         with pytest.raises(equiv.ArgumentError, match="EasySteer holds"):
             easysteer.write({(1, site): steer}, tmp_path / "a.json", family="llama")
+
+
+def test_a_vector_and_a_map_of_one_layer_have_no_order(tmp_path: Path) -> None:
+    both = {(1, "mlp_out"): vector(), (1, "block_out"): loreft()}
+    with pytest.raises(equiv.ArgumentError, match=r"which comes first"):
+        easysteer.write(both, tmp_path / "a.json", family="llama")

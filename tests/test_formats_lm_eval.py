@@ -76,6 +76,7 @@ BROKEN_LM_EVAL: dict[str, tuple[Any, str]] = {
     "inside": ({"layers.1.mlp.act_fn": ADD}, "in llama the sites are"),
     "not said": ({"layers.1": torch.ones(D)}, "no file for lm-eval"),
     "list": ([ADD], "maps no modules"),
+    "twice": ({"layers.1": ADD, "h.1": ADD}, "twice"),
     "code": ({"layers.1": {**ADD, "bias": Bomb()}}, "would run code"),
 }
 

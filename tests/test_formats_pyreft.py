@@ -175,15 +175,19 @@ def test_other_places_are_refused(key: str, tmp_path: Path) -> None:
         pyreft.read(path, family="llama")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "bert"])
 def test_outputs_before_a_norm_are_no_sites(family: str, tmp_path: Path) -> None:
     steering = {(1, "mlp_out"): vector()}
-    with pytest.raises(equiv.ArgumentError, match=f"in {family} a norm"):
+    with pytest.raises(
+        equiv.ArgumentError, match=f"in {family} that is not what is added"
+    ):
         pyreft.write(steering, tmp_path / "a", family=family)
     with pytest.raises(equiv.ArgumentError, match="site in some families: pass"):
         pyreft.write(steering, tmp_path / "a")
     pyreft.write(steering, tmp_path / "a", family="llama")
-    with pytest.raises(equiv.ArgumentError, match=f"in {family} a norm"):
+    with pytest.raises(
+        equiv.ArgumentError, match=f"in {family} that is not what is added"
+    ):
         pyreft.read(tmp_path / "a", family=family)
     with pytest.raises(equiv.ArgumentError, match="site in some families: pass"):
         pyreft.read(tmp_path / "a")

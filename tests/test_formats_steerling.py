@@ -140,6 +140,10 @@ BROKEN_STEERLING: dict[str, tuple[Any, str]] = {
         },
         "do not fit",
     ),
+    "twice": (
+        {"layer1_block": torch.ones(D), "deltas.layer1_block": torch.ones(D)},
+        "two `vector`",
+    ),
     "code": ({"bomb": Bomb()}, "would run code"),
 }
 

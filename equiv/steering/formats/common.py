@@ -110,6 +110,24 @@ def site_of(key: SiteKey, steer: object) -> str:
     return Site(key[1]).write if isinstance(steer, Vector) else key[1]
 
 
+def one_per_place(steering: SteeringSet, tool: str) -> dict[SiteKey, Steering]:
+    """(layer, site) → steer, a vector's site being where it writes.
+
+    Raises:
+        ArgumentError: If two come to stand at one place.
+    """
+    found: dict[SiteKey, Steering] = {}
+    for key, steer in steering.items():
+        place = key[0], site_of(key, steer)
+        if place in found:
+            raise ArgumentError(
+                f"{tool} has one steer per place, and two are for {place!r}. Write "
+                "vectors of one place as their sum."
+            )
+        found[place] = steer
+    return found
+
+
 def _adds_plainly(family: str | None) -> bool:
     why = "Whether a vector at mlp_out is one at block_out depends on the model"
     return architecture_of(family, why).plain_add

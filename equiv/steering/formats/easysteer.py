@@ -53,7 +53,6 @@ from equiv.writing import write_text
 
 HOLDS = "fixed vectors and affine maps at block_out"
 VERSION = 1
-_LAYER = re.compile(r"[0-9]{1,9}")
 _REFT = ("rotate_layer", "learned_source_weight", "learned_source_bias")
 
 
@@ -73,6 +72,7 @@ def write(steering: object, path: str | Path, *, family: str | None = None) -> N
     chosen = for_all_tokens(steering, "EasySteer")
     vectors = {key: s for key, s in chosen.items() if isinstance(s, Vector)}
     payloads = []
+    found: dict[int, Tensor] = {}
     if vectors:
         known = family_of(chosen, family)
         found = stream_vectors(SteeringSet(vectors), "EasySteer", known)
@@ -81,6 +81,11 @@ def write(steering: object, path: str | Path, *, family: str | None = None) -> N
     for key, steer in chosen.items():
         if key in vectors:
             continue
+        if key[0] in found:
+            raise ArgumentError(
+                f"EasySteer does not say which comes first, the vector of layer "
+                f"{key[0]} or the map at {key!r}. `equiv.save` keeps both."
+            )
         made = as_loreft(steer) if key[1] == "block_out" else None
         if made is None:
             raise refusal("EasySteer", HOLDS, key, steer)
@@ -219,10 +224,9 @@ def _steers(
         return checked(tensors.get(name), ndim, f"{name} of a {kind} payload", path)
 
     def by_layer(prefix: str) -> dict[int, Tensor]:
-        names = [
-            name for name in tensors if _LAYER.fullmatch(name.removeprefix(prefix))
-        ]
-        return {int(n.removeprefix(prefix)): part(n, 1) for n in names}
+        layer = re.compile(re.escape(prefix) + "(0|[1-9][0-9]{0,8})")
+        matches = [found for name in tensors if (found := layer.fullmatch(name))]
+        return {int(found[1]): part(found[0], 1) for found in matches}
 
     if kind == "direction":
         return {layer: Vector(v) for layer, v in by_layer("layer.").items()}

@@ -30,10 +30,10 @@ from equiv.steering.formats.common import (
     family_of,
     float32,
     for_all_tokens,
+    one_per_place,
     origin,
     read_tensors,
     refusal,
-    site_of,
 )
 from equiv.steering.forms import Steering
 from equiv.steering.loreft import LoReFT
@@ -62,11 +62,10 @@ def write(steering: object, path: str | Path, *, family: str | None = None) -> N
     chosen = for_all_tokens(steering, "lm-eval")
     known = family_of(chosen, family)
     content: dict[str, dict[str, Any]] = {}
-    for key, steer in chosen.items():
-        site = site_of(key, steer)
-        if not isinstance(steer, Vector) or site not in _SITES:
+    for key, steer in one_per_place(chosen, "lm-eval").items():
+        if not isinstance(steer, Vector) or key[1] not in _SITES:
             raise refusal("lm-eval", HOLDS, key, steer, weights=True)
-        content[_module(known, key[0], site)] = {
+        content[_module(known, *key)] = {
             "steering_vector": float32(steer.vector, key),
             "steering_coefficient": 1.0,
             "action": "add",
@@ -102,7 +101,10 @@ def read(path: str | Path, *, family: str | None = None) -> SteeringSet:
     for module, said in content.items():
         if not isinstance(module, str) or not isinstance(said, Mapping):
             raise FileFormatError(f"{path} is no file for lm-eval: {module!r}.")
-        entries[_key(module, family, path)] = _steer(said, module, path)
+        key = _key(module, family, path)
+        if key in entries:
+            raise FileFormatError(f"{path} steers {key!r} twice.")
+        entries[key] = _steer(said, module, path)
     return SteeringSet(entries, about=origin("lm_eval", family))
 
 

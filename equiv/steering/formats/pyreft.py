@@ -38,11 +38,11 @@ from equiv.steering.formats.common import (
     family_of,
     float32,
     for_all_tokens,
+    one_per_place,
     origin,
     read_json,
     read_tensors,
     refusal,
-    site_of,
     usable,
 )
 from equiv.steering.formats.reft_states import INTERVENTIONS, steer_from
@@ -71,6 +71,8 @@ _ENDS = {
     "attn_output": "attn_out",
     "mlp_input": "mlp_in",
 }
+# The modules whose outputs pyvene calls `mlp_output` and `attention_output`.
+_MODULES = {"mlp_out": ("mlp",), "attn_out": ("self_attn", "attn")}
 _KEY = re.compile(
     r"(?:layer[._](?P<layer>[0-9]{1,9})[._])?comp[._](?P<component>.+)"
     r"[._]unit[._](?P<unit>.+)[._]nunit[._](?P<count>[0-9]+)#(?P<number>[0-9]+)"
@@ -94,8 +96,8 @@ def write(steering: object, path: str | Path, *, family: str | None = None) -> N
     known = family_of(chosen, family)
     states: dict[str, dict[str, Tensor]] = {}
     rows: list[list[object]] = []
-    for key, steer in chosen.items():
-        component = _component(site_of(key, steer), known)
+    for key, steer in one_per_place(chosen, "pyreft").items():
+        component = _component(key[1], known)
         states[f"layer_{key[0]}_comp_{component}_unit_pos_nunit_1#0"] = _state(
             steer, key
         )
@@ -173,18 +175,18 @@ def _component(site: str, family: str | None) -> str:
             f"pyreft has no word for {site}; it has {', '.join(COMPONENTS.values())}. "
             "`equiv.save` keeps every site."
         )
-    if site in ("mlp_out", "attn_out"):
-        _check_writes(family, f"pyreft's {found[0]} is the output of a module")
+    _check_write(site, family, f"pyreft's {found[0]} is the output of a module")
     return found[0]
 
 
-def _check_writes(family: str | None, what: str) -> None:
-    """Refuse a family whose modules' outputs are normed before they are added."""
-    if architecture_of(
-        family, f"{what}, which is a site in some families"
-    ).norms_writes:
+def _check_write(site: str, family: str | None, what: str) -> None:
+    """Refuse a module's output in a family where it is not what is added."""
+    if site not in _MODULES:
+        return
+    known = architecture_of(family, f"{what}, which is a site in some families")
+    if getattr(known, site) not in _MODULES[site]:
         raise ArgumentError(
-            f"{what}; in {family} a norm comes between it and the stream, so it is no "
+            f"{what}; in {family} that is not what is added to the stream, so it is no "
             "site. Use block_out."
         )
 
@@ -297,6 +299,5 @@ def _site_key(name: str, family: str | None, path: Path) -> SiteKey:
             f"{path} acts on {component!r}; the sites here that pyreft has are "
             f"{', '.join(COMPONENTS)}."
         )
-    if site in ("mlp_out", "attn_out"):
-        _check_writes(family, f"{component} of {path} is the output of a module")
+    _check_write(site, family, f"{component} of {path} is the output of a module")
     return int(layer), site

@@ -33,10 +33,10 @@ from equiv.steering.formats.common import (
     family_of,
     float32,
     for_all_tokens,
+    one_per_place,
     origin,
     read_tensors,
     refusal,
-    site_of,
     usable,
 )
 from equiv.steering.forms import Steering
@@ -68,8 +68,8 @@ def write(steering: object, path: str | Path, *, family: str | None = None) -> N
     known = family_of(chosen, family)
     tensors: dict[str, Tensor] = {}
     kinds = set()
-    for key, steer in chosen.items():
-        name = f"layer{key[0]}_{_word(key, steer, known)}"
+    for key, steer in one_per_place(chosen, "steerling").items():
+        name = f"layer{key[0]}_{_word(key[1], known)}"
         made = _adapter(steer)
         if isinstance(steer, Vector):
             kinds.add("vector")
@@ -149,7 +149,9 @@ def _parts(
         else:
             continue
         key = int(match[1]), _site(match[2], family, path)
-        found.setdefault(key, {})[part] = value
+        if part in found.setdefault(key, {}):
+            raise FileFormatError(f"{path} has two `{part}` for {key!r}.")
+        found[key][part] = value
     return found
 
 
@@ -188,8 +190,7 @@ def _site(word: str, family: str | None, path: Path) -> str:
     return words[word]
 
 
-def _word(key: SiteKey, steer: object, family: str | None) -> str:
-    site = site_of(key, steer)
+def _word(site: str, family: str | None) -> str:
     if site == "block_out":
         return "block"
     words = _words(family, "What steerling calls a site depends on the model")
