@@ -1,9 +1,7 @@
 """Steering for a later site against dense Jacobians, numpy and closed forms."""
 
 import json
-from itertools import pairwise
 from typing import Any
-from unittest.mock import patch
 
 import downstream_witness as brute
 import numpy as np
@@ -19,14 +17,10 @@ import equiv
 from equiv.model.guard import measured
 from equiv.model.inputs import from_inputs
 from equiv.model.stages import staged
-from equiv.steering import alternating
-from equiv.steering.alternating import Factors, alternate, factors
-from equiv.steering.features import features
 from equiv.steering.later import as_later
 from equiv.steering.passage import Passage, part_of, way
-from equiv.steering.shared import Shared, free
 from equiv.testing.models import FAMILIES, transformer
-from equiv.testing.strategies import Case, mlp_cases, seeds
+from equiv.testing.strategies import Case, mlp_cases
 
 IDS = torch.randint(3, 32, (4, 5), generator=torch.Generator().manual_seed(0))
 F64 = torch.float64
@@ -204,53 +198,6 @@ def test_as_many_tokens_as_unknowns_are_fitted_exactly(form: str, tokens: int) -
         left.append(found.about["layers"]["0"]["residual"])  # type: ignore[index]
     assert left[0] < 1e-7
     assert left[1] > 1e-2
-
-
-class Dense:
-    """A passage whose Jacobian is one matrix for each token."""
-
-    def __init__(self, seed: int, tokens: int = 30, d: int = 4, e: int = 5) -> None:
-        self.read = draw(seed, tokens, d) @ draw(seed + 1, d, d)
-        self.j = draw(seed + 2, e, d) + 0.7 * draw(seed + 3, tokens, e, d)
-        self.size = (tokens, d)
-
-    def push(self, delta: Tensor) -> Tensor:
-        return torch.einsum("ned,nd->ne", self.j, delta)
-
-    def pull(self, rows: Tensor) -> Tensor:
-        return torch.einsum("ned,ne->nd", self.j, rows)
-
-
-@settings(max_examples=15 * witness.SWEEP)
-@given(seeds(), st.integers(1, 3), st.sampled_from([0.0, 1e-2]))
-def test_turns_of_low_rank_lower_the_sum(seed: int, rank: int, ridge: float) -> None:
-    """From the full map cut to its rank, and in the end to where the slope is zero."""
-    passage: Any = Dense(seed)
-    y = torch.tanh(passage.push(passage.read)) + 0.1 * draw(seed + 4, 30, 5)
-    problem = Shared(passage, y, features(passage.read, "affine", ridge))
-    full, _ = problem.solve(free(problem.rows, problem.width), 500)
-    start = factors(full.reshape(problem.rows, -1), rank)
-
-    def summed(left: Tensor, right: Tensor, last: Tensor) -> Tensor:
-        theta = torch.cat([left @ right, last[None]])
-        missing = passage.push(problem.phi @ theta) - y
-        return missing.square().sum() + (problem.penalty * theta).square().sum()
-
-    def parts(found: Factors) -> tuple[Tensor, ...]:
-        return found.left, found.right, found.last
-
-    best, solved, values = alternate(problem, start)
-    assert values[0] == pytest.approx(float(summed(*parts(start))), rel=1e-9)
-    assert values[-1] == pytest.approx(float(summed(*parts(best))), rel=1e-9)
-    assert all(b < a for a, b in pairwise(values))
-    assert solved.iterations > 0 and best.right.shape == (rank, 4)
-    with patch.multiple(alternating, TURNS=400, GAIN=1e-10):
-        last, *_ = alternate(problem, best)
-    moving = [part.clone().requires_grad_() for part in parts(last)]
-    value = summed(*moving)
-    value.backward()
-    slope = sum(float(m.grad.norm() * m.detach().norm()) for m in moving)  # pyright: ignore
-    assert slope <= 1e-3 * float(value.detach())
 
 
 @settings(max_examples=10 * witness.SWEEP)
