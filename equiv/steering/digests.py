@@ -1,8 +1,7 @@
 """What tensors hold, as one number: to know a file, a model or an update again.
 
 A digest is SHA-256 over the tensors in the order of their names, each with its name,
-dtype and shape. On one core of a current x86-64 machine that is one to two gigabytes a
-second.
+dtype and shape.
 """
 
 import hashlib
