@@ -10,7 +10,7 @@ from equiv.errors import SiteError
 from equiv.model.calls import Note, note_calls
 from equiv.model.families import Blocks
 from equiv.model.hooks import Combine, Writes, ahead_of_recorders, hook_on
-from equiv.model.sites import Place, Site, Sites, check_flow
+from equiv.model.sites import FLOW, Place, Site, Sites, check_flow
 from equiv.steering.placed import Placed
 from equiv.steering.rows import steered, steered_rows
 from equiv.steering.tokens import Tokens
@@ -51,7 +51,12 @@ def put_on(
     sites = {site for pair in pairs for site in pair}
     if middle:
         sites.add("attn_out")
-    places = {site: _place(model, blocks, layer, site) for site in sites}
+    # In the block's own order: in OLMo-2 two sites are one place.
+    order = {site: number for number, site in enumerate(FLOW)}
+    places = {
+        site: _place(model, blocks, layer, site)
+        for site in sorted(sites, key=lambda site: order.get(site, -1))
+    }
     for read, write in pairs:
         if blocks is not None:
             check_flow(Site(write, read=read))
