@@ -101,6 +101,20 @@ def unpacked(path: Path) -> tuple[dict[SiteKey, Steering], Content]:
         raise FileFormatError(f"{path} is not whole steering: {error}.") from None
 
 
+def read_bytes(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        FileFormatError: If there is none, or it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileFormatError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise FileFormatError(f"Cannot read {path}: {error.strerror}.") from None
+
+
 def _taken_apart(key: SiteKey, steer: object) -> tuple[Entry, dict[str, Tensor]]:
     """What a file holds of one steer: its entry and its tensors by name."""
     form = next((name for name, kind in FORMS.items() if type(steer) is kind), None)
@@ -160,12 +174,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     from safetensors import SafetensorError
     from safetensors.torch import load as deserialised
 
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileFormatError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise FileFormatError(f"Cannot read {path}: {error.strerror}.") from None
+    data = read_bytes(path)
     try:
         tensors = deserialised(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

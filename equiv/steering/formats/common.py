@@ -14,6 +14,7 @@ from equiv.errors import ArgumentError, FileFormatError
 from equiv.model.families import FAMILIES, Architecture
 from equiv.model.sites import Site, SiteKey
 from equiv.steering.affine import Affine
+from equiv.steering.contents import read_bytes
 from equiv.steering.forms import Steering
 from equiv.steering.loreft import LoReFT
 from equiv.steering.mlp import LowRankMLP
@@ -188,20 +189,6 @@ def float32(tensor: Tensor, key: object) -> Tensor:
             f"The steering at {key!r} has numbers that are not finite in float32."
         )
     return made
-
-
-def read_bytes(path: Path) -> bytes:
-    """What a file holds.
-
-    Raises:
-        FileFormatError: If there is none, or it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FileFormatError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise FileFormatError(f"Cannot read {path}: {error.strerror}.") from None
 
 
 def read_json(path: Path) -> Any:

@@ -27,12 +27,12 @@ import torch
 from equiv.arguments import as_choice, as_integer
 from equiv.errors import ArgumentError, FileFormatError, MissingExtraError
 from equiv.model.families import FAMILIES
+from equiv.steering.contents import read_bytes
 from equiv.steering.formats.common import (
     family_of,
     float32,
     for_all_tokens,
     origin,
-    read_bytes,
     stream_vectors,
 )
 from equiv.steering.forms import Steering
