@@ -168,12 +168,13 @@ class Recall:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast_does_not_reach_the_shift(dtype: torch.dtype) -> None:
+    layer = torch.nn.Sequential(torch.nn.Identity())
     h, form = drawn(dtype, 3, 1.0)
     expected = steered(h, {"h": h}, {"h": form})
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast("cpu", dtype=dtype), equiv.steer(layer, {(0, "0"): form}):
         assert torch.is_autocast_enabled("cpu")
-        assert torch.equal(steered(h, {"h": h}, {"h": form}), expected)
-        assert not torch.equal((h.float() + form(h.float())).to(dtype), expected)
+        assert torch.equal(layer(h), expected)
+        assert not torch.equal(steered(h, {"h": h}, {"h": form}), expected)
 
 
 @given(data=st.data())

@@ -210,7 +210,7 @@ def test_tensors_go_where_the_activations_are() -> None:
                 assert isinstance(shift, Tensor)
                 assert (shift.device.type, shift.dtype) == (device, dtype)
     assert len(placed.at) == 4
-    assert placed.at[torch.device("cpu"), torch.float32] is affine
+    assert placed.at[torch.device("cpu"), torch.float32] == (affine, "cpu")
 
 
 @torch.no_grad()

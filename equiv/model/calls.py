@@ -18,7 +18,13 @@ from torch import nn
 
 
 class Note:
-    """What is told of the calls of a module; by itself it only makes them noticed."""
+    """A note on the calls of a module; by itself it only makes them noticed.
+
+    Attributes:
+        listens: Whether it is told when calls begin and end.
+    """
+
+    listens = False
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """A call begins, with these arguments by name."""
@@ -53,17 +59,25 @@ class _Noted:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The method as it was, between what is told to the notes."""
+        told = [note for note in self.notes if note.listens]
+        if not told:
+            return self._plain(module, args, kwargs)
         begun: list[Note] = []
         try:
-            for note in self.notes:
+            for note in told:
                 note.begin(dict(zip(self.names, args, strict=False)) | kwargs)
                 begun.append(note)
-            if self.own is not None:
-                return self.own(*args, **kwargs)
-            return self.plain(module, *args, **kwargs)
+            return self._plain(module, args, kwargs)
         finally:
             for note in begun:
                 note.end()
+
+    def _plain(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return self.plain(module, *args, **kwargs)
 
     def drop(self, note: Note) -> None:
         """Take a note away; with the last one the method is as it was."""
@@ -89,7 +103,7 @@ def note_calls(module: nn.Module, method: str, note: Note) -> Callable[[], None]
     Example:
         >>> import torch
         >>> class Count(Note):
-        ...     calls = 0
+        ...     calls, listens = 0, True
         ...     def begin(self, arguments):
         ...         self.calls += len(arguments["input"])
         >>> layer, count = nn.Linear(2, 2), Count()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import linear
 
-from equiv.steering.forms import Steering, like
+from equiv.steering.forms import Steering, moved
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class Affine(Steering):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Up (down h) + bias."""
-        down, up = like(h, self.down, self.up)
-        bias = None if self.bias is None else self.bias.to(h.device, h.dtype)
-        return linear(linear(h, down), up, bias)
+        bias = None if self.bias is None else moved(h, self.bias)
+        return linear(linear(h, moved(h, self.down)), moved(h, self.up), bias)
 
     @property
     def rank(self) -> int:

@@ -57,6 +57,12 @@ def like(h: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
         (tensor([1.], dtype=torch.float64), tensor(0., dtype=torch.float64))
     """
     return tuple(
-        h.new_zeros(()) if part is None else part.to(h.device, h.dtype)
-        for part in parts
+        [h.new_zeros(()) if part is None else moved(h, part) for part in parts]
     )
+
+
+def moved(h: Tensor, part: Tensor) -> Tensor:
+    """A tensor in the dtype and on the device of `h`; itself where it is that."""
+    if part.dtype == h.dtype and part.device == h.device:
+        return part  # in a running model even a cast of nothing takes time
+    return part.to(h.device, h.dtype)

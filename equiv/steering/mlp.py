@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from equiv.arguments import as_choice, as_integer, as_seed
-from equiv.steering.forms import Steering, like
+from equiv.steering.forms import Steering, moved
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -49,13 +49,11 @@ class LowRankMLP(Steering):
 
     def __call__(self, h: Tensor) -> Tensor:
         """Up φ(down h + inner) + bias."""
-        down, up = like(h, self.down, self.up)
-        inner, bias = (
-            None if part is None else part.to(h.device, h.dtype)
-            for part in (self.inner, self.bias)
-        )
-        hidden = ACTIVATIONS[self.activation](functional.linear(h, down, inner))
-        return functional.linear(hidden, up, bias)
+        inner = None if self.inner is None else moved(h, self.inner)
+        bias = None if self.bias is None else moved(h, self.bias)
+        hidden = functional.linear(h, moved(h, self.down), inner)
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return functional.linear(hidden, moved(h, self.up), bias)
 
     @property
     def rank(self) -> int:

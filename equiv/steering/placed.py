@@ -24,13 +24,14 @@ class Placed:
 
     def __init__(self, steering: Callable[[Tensor], object], key: SiteKey) -> None:
         self.steering, self.key = steering, key
-        self.at: dict[Place, Callable[[Tensor], object]] = {}
+        # With the name of the device, which takes PyTorch longer than a sum.
+        self.at: dict[Place, tuple[Callable[[Tensor], object], str]] = {}
 
     def __repr__(self) -> str:
         return f"the steering at {self.key!r}"
 
     def __call__(self, x: Tensor) -> object:
-        """The shift for activations `x` [*batch, d], in their dtype.
+        """The shift for activations `x` [*batch, d], in their dtype, autocast or not.
 
         Raises:
             ArgumentError: If the steer cannot be applied to them.
@@ -38,8 +39,12 @@ class Placed:
         place = (x.device, x.dtype)
         if place not in self.at:
             self.prepare(place)
+        form, kind = self.at[place]
         try:
-            return self.at[place](x)
+            if kind != "meta" and torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return form(x)
+            return form(x)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -50,7 +55,7 @@ class Placed:
 
     def prepare(self, place: Place) -> None:
         """Make the copy for a place."""
-        self.at[place] = _placed(self.steering, place)
+        self.at[place] = _placed(self.steering, place), place[0].type
 
 
 def _placed(

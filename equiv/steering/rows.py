@@ -3,8 +3,7 @@
 Symbols: h [batch, *rest, e] is the activation where a steer writes, `seen` what it may
 read, by site. A steer's forms are summed: h + Σ shift(x), x = seen[read].
 
-- Everything is computed in at least float32, autocast or not, and rounded to the dtype
-  of h once.
+- Everything is computed in at least float32 and rounded to the dtype of h once.
 - A bank numbers its steers; `index` says which of them a row or token gets. What gets
   none keeps its bits: it is chosen by `torch.where`, not by adding zero (−0 + 0 = +0).
 - A row's result depends on its own activations, its own number and the shape of the
@@ -16,7 +15,6 @@ compute the same function from fewer.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -45,12 +43,14 @@ def steered(h: Tensor, seen: Sites, steers: Steers) -> Tensor:
         >>> steered(h, {"x": h}, {"x": lambda x: x / 2**9})  # rounded once
         tensor([[1., 2.]], dtype=torch.bfloat16)
     """
-    wide = torch.promote_types(h.dtype, torch.float32)
-    total = h.to(wide)
-    with _without_autocast(h):
-        for read, shift_of in steers.items():
-            total = total + _checked(shift_of(seen[read].to(wide)), h, shift_of)
-    return total.to(h.dtype)
+    wide = h.dtype if h.dtype.itemsize >= 4 else torch.float32
+    # In a running model a cast takes time, also where there is nothing to cast.
+    total = h if h.dtype == wide else h.to(wide)
+    for read, shift_of in steers.items():
+        x = seen[read]
+        shift = shift_of(x if x.dtype == wide else x.to(wide))
+        total = total + _checked(shift, h, shift_of)
+    return total if total.dtype == h.dtype else total.to(h.dtype)
 
 
 def steered_rows(h: Tensor, seen: Sites, bank: Bank, index: Tensor) -> Tensor:
@@ -91,10 +91,3 @@ def _checked(shift: object, h: Tensor, shift_of: object) -> Tensor:
         f"{tuple(h.shape)}, got "
         f"{tuple(shift.shape) if isinstance(shift, Tensor) else kind}."
     )
-
-
-def _without_autocast(h: Tensor) -> AbstractContextManager[object]:
-    kind = h.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()

@@ -131,6 +131,8 @@ def numbered(
 class _Forwards(Note):
     """Tells of the forwards of the backbone."""
 
+    listens = True
+
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
 
@@ -143,6 +145,8 @@ class _Forwards(Note):
 
 class _Generations(Note):
     """Tells of the calls of `generate`."""
+
+    listens = True
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens

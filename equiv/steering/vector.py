@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from equiv.steering.forms import Steering
+from equiv.steering.forms import Steering, moved
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Vector(Steering):
 
     def __call__(self, h: Tensor) -> Tensor:
         """The vector, once per row of `h`."""
-        return self.vector.to(h.device, h.dtype).expand(*h.shape[:-1], -1)
+        return moved(h, self.vector).expand(*h.shape[:-1], -1)
 
     @property
     def num_parameters(self) -> int:
