@@ -11,6 +11,8 @@ from equiv.behaviour.calibrating import calibrate as calibrate
 from equiv.behaviour.evaluating import Evaluation as Evaluation
 from equiv.behaviour.evaluating import evaluate as evaluate
 from equiv.checking import check as check
+from equiv.designing.design import design as design
+from equiv.designing.values import Design as Design
 from equiv.errors import ArgumentError as ArgumentError
 from equiv.errors import EndpointError as EndpointError
 from equiv.errors import EquivError as EquivError

@@ -2,19 +2,20 @@
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from equiv.behaviour.ladder import Ladder
+from equiv.behaviour.spectra import RANKS, TOKENS, Spectrum, spectra
 from equiv.model.batches import Batch, at_most, split
 from equiv.model.sites import FLOW, read_and_written
 from equiv.model.stages import StagedModel, staged
 from equiv.report import assemble
 from equiv.report.report import Report
-from equiv.report.values import Radius, Subject, Superposition
+from equiv.report.values import Contributions, Radius, Subject, Superposition
 from equiv.settings import Settings
 from equiv.shift.calculus import Curve, RowKey, Selection, curves
 from equiv.shift.propagate import propagate
@@ -39,6 +40,7 @@ class Calculus:
 
     curves: dict[RowKey, Curve]
     superposition: Superposition | None
+    contributions: Contributions | None
     tokens: int
 
 
@@ -100,11 +102,11 @@ class Measurement:
                 selection=selection,
                 midpoint=settings.midpoint,
             )
-            together = None
+            together, parts = None, None
             if cut.blocks is not None and cut.num_layers <= MAX_BLOCKS:
-                together = superposition(cut, self.update, low=tuple(self.low))
+                together, parts = superposition(cut, self.update, low=tuple(self.low))
         step(self.bar, "orders")
-        return Calculus(found, together, tokens)
+        return Calculus(found, together, parts, tokens)
 
     def report(self, calculus: Calculus) -> Report:
         """The full pass, and everything put together."""
@@ -126,7 +128,7 @@ class Measurement:
             reach = self._radii(cut, table, calculus)
             plain_add = bool(cut.blocks and cut.blocks.architecture.plain_add)
             parameters = sum(p.numel() for p in self.model.parameters())
-            return Report(
+            report = Report(
                 subject=self._subject(cut, parameters, width, calculus.tokens),
                 rows=assemble.rows(
                     table.rows,
@@ -144,7 +146,29 @@ class Measurement:
                     ladder, specs, model_parameters=parameters, seed=settings.seed
                 ),
                 superposition=calculus.superposition,
+                contributions=calculus.contributions,
                 notes=tuple(self.notes),
+            )
+        return replace(report, spectra=self._spectra(moments, specs, dtype))
+
+    def _spectra(
+        self, moments: MomentTable, specs: Sequence[Spec], dtype: torch.dtype
+    ) -> tuple[Spectrum, ...]:
+        """What steering of every size leaves, on few held-out sequences."""
+        held = [batch for batch in self.batches if batch.held_out]
+        if not held or not specs or moments.cut.blocks is None:
+            return ()
+        few = at_most(held, TOKENS, self.settings.seed)
+        ranks = RANKS if any(spec.form == "affine" for spec in specs) else 0
+        with self._staged(few, dtype) as cut:
+            return spectra(
+                cut,
+                self.update,
+                moments,
+                ridge=specs[0].fixed_ridge,
+                ranks=ranks,
+                low=tuple(self.low),
+                seed=self.settings.seed,
             )
 
     def _steered_sites(self, asked: tuple[str, ...]) -> tuple[str, ...]:

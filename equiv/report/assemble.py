@@ -16,19 +16,15 @@ from equiv.report.values import (
     Radius,
     Row,
     Scope,
-    Spectrum,
 )
 from equiv.shift.calculus import Curve, RowKey
 from equiv.shift.radius import Question
 from equiv.shift.table import CoverageSums, FullSize
-from equiv.steering.chain import Spec, writes_through
+from equiv.steering.chain import Spec
 from equiv.steering.fits import ENOUGH_TOKENS, Regression
-from equiv.steering.spectrum import misfits
 from equiv.steering.table import MomentTable, PairKey
 
 BEST_SINGLE_LAYERS = 3
-# Largest rank of a spectrum: beyond, a steer is hardly smaller than the weights.
-RANKS = 64
 _SCOPES = (Scope.PROPAGATED, Scope.LOCAL)
 
 
@@ -88,23 +84,17 @@ def coverage(
     )
 
 
-def fits(
-    table: MomentTable, specs: Sequence[Spec]
-) -> tuple[tuple[FitRow, ...], tuple[Spectrum, ...]]:
-    """Misfits at every layer and site that has a shift: of what was fitted, by rank."""
-    rows: list[FitRow] = []
-    spectra: list[Spectrum] = []
+def fits(table: MomentTable, specs: Sequence[Spec]) -> tuple[FitRow, ...]:
+    """Misfit of every form at every layer and site that has a shift."""
+    made: list[FitRow] = []
     for layer, site, aimed in table.fitting:
         asked = [spec for spec in specs if spec.site == site]
         if aimed != table.fit_target(site) or not asked:
             continue
         # One at a time: its matrices are as wide as the model.
         regression = Regression(table.fitting[layer, site, aimed], asked[0].fixed_ridge)
-        key = (layer, site, aimed)
-        rows += (_fit(table, key, spec, regression) for spec in asked)
-        if found := _spectrum(table, key, asked, regression):
-            spectra.append(found)
-    return tuple(rows), tuple(spectra)
+        made += (_fit(table, (layer, site, aimed), spec, regression) for spec in asked)
+    return tuple(made)
 
 
 def _fit(
@@ -130,34 +120,6 @@ def _fit(
         verdict=verdict,
         reason=reason,
     )
-
-
-def _spectrum(
-    table: MomentTable, key: PairKey, asked: Sequence[Spec], regression: Regression
-) -> Spectrum | None:
-    """Held-out misfits by rank; `None` where nothing is held out or moves."""
-    held = table.held_out.get(key)
-    ranks = RANKS if any(spec.form == "affine" for spec in asked) else 0
-    found = None if held is None else misfits(regression, held, ranks)
-    if held is None or found is None:
-        return None
-    layer, site, aimed = key
-    pair = Site(site)
-    return Spectrum(
-        layer=layer,
-        reads=pair.read,
-        writes=pair.write,
-        target=_aimed_at(table, site, aimed),
-        applies=aimed == "block_out" and writes_through(table.cut, pair.write),
-        read_width=held.width,
-        written_width=len(regression.mean_y),
-        vector=_rounded(found[0]),
-        affine=tuple(_rounded(share) for share in found[1]),
-    )
-
-
-def _rounded(share: float) -> float:
-    return float(f"{share:.4g}")
 
 
 def _aimed_at(table: MomentTable, site: str, aimed: str) -> str:

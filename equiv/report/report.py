@@ -10,10 +10,12 @@ from equiv.errors import NotEquivalentError
 from equiv.report import answer
 from equiv.report.values import (
     Behaviour,
+    Contributions,
     Coverage,
     FitRow,
     Order,
     Row,
+    Spectrum,
     Subject,
     Superposition,
     Verdict,
@@ -40,6 +42,8 @@ class Report:
         fits: Closed-form steering per (layer, site, form), with held-out misfit.
         behaviour: The steered model against the tuned model, per site and form.
         superposition: The first-order equivalence at the output; `None` when off.
+        spectra: What steering of each size leaves, per (layer, site).
+        contributions: What each stage's own update adds to the output, to first order.
         notes: Whatever the reader must know before using a figure.
         format: Number of the file format of `to_json`.
     """
@@ -49,7 +53,9 @@ class Report:
     coverage: tuple[Coverage, ...] = ()
     fits: tuple[FitRow, ...] = ()
     behaviour: tuple[Behaviour, ...] = ()
+    spectra: tuple[Spectrum, ...] = ()
     superposition: Superposition | None = None
+    contributions: Contributions | None = None
     notes: tuple[str, ...] = ()
     format: int = FORMAT
 

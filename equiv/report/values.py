@@ -8,7 +8,9 @@ unmasked token. Norms are Frobenius norms over unmasked tokens.
 
 from dataclasses import dataclass
 
+from equiv.behaviour.spectra import Spectrum
 from equiv.model.sites import Site
+from equiv.shift.contributions import Contributions
 from equiv.shift.results import (
     Order,
     Radius,
@@ -20,12 +22,14 @@ from equiv.shift.results import (
 
 __all__ = [
     "Behaviour",
+    "Contributions",
     "Coverage",
     "FitRow",
     "Order",
     "Radius",
     "Row",
     "Scope",
+    "Spectrum",
     "Subject",
     "Superposition",
     "TaylorPoint",

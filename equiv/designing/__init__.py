@@ -1,0 +1,1 @@
+"""Which sites, layers and ranks to spend a budget of parameters on."""
