@@ -7,17 +7,18 @@ import torch
 from torch import nn
 
 from equiv.errors import UpdateMismatchError
-from equiv.model.families import Blocks
+from equiv.model.families import Architecture, Blocks
 from equiv.model.guard import check_model
 from equiv.model.sites import SiteKey
+from equiv.steering.differences import Differences
 from equiv.steering.digests import update_digest
 from equiv.steering.forms import Steering
 from equiv.steering.halves import blocks_of, layer_at
-from equiv.steering.steer_rules import Differences, no_steering, steers_of_block
+from equiv.steering.steer_rules import covered, no_steering, steers_of_block
 from equiv.steering.steering_set import SteeringSet
 from equiv.steering.weight_edit import WeightEdit
 from equiv.update.adapters import from_directory, from_model, is_peft
-from equiv.update.low_rank import Delta
+from equiv.update.low_rank import Delta, norm_of
 from equiv.update.sources import resolve
 from equiv.update.update import Update
 
@@ -65,18 +66,15 @@ def to_steering(update: object, model: nn.Module) -> SteeringSet:
     """
     check_model(model)
     blocks = blocks_of(model)
-    found = _differences(update, model)
+    given = _differences(update, model)
+    changed = {n: d for n, d in given.deltas.items() if norm_of(d) > 0}
+    found = Update(changed, {}, given.source)
+    _check_covered(found, blocks)
     entries: dict[SiteKey, Steering] = {}
-    left: list[str] = []
     for index in range(len(blocks.modules)):
         own = Differences(model, f"{blocks.path}.{index}", found.deltas)
         steers = steers_of_block(blocks.architecture, own)
         entries |= {(index, site): steering for site, steering in steers.items()}
-        left += [f"{own.prefix}.{name}" for name in own.left]
-    start = f"{blocks.path}."
-    left += [name for name in found.deltas if not name.startswith(start)]
-    if left:
-        raise no_steering(left[0], _why_not(left[0], blocks))
     about = {"update": {"source": found.source, "sha256": update_digest(found)}}
     return SteeringSet(entries, about=about)
 
@@ -134,17 +132,26 @@ def _between(model: nn.Module, tuned: nn.Module) -> Update:
     return Update.from_state_dicts({**before, **new}, after)
 
 
-def _why_not(name: str, blocks: Blocks) -> str:
-    """Why no rule takes a parameter."""
-    if not name.startswith(f"{blocks.path}."):
-        return "it is outside the blocks, and so before or after all sites"
-    attention = blocks.architecture.attn_projection.split(".")[0]
-    path = name.removeprefix(f"{blocks.path}.").partition(".")[2]
+def _check_covered(update: Update, blocks: Blocks) -> None:
+    """Refuse, before anything is computed, what no rule is for."""
+    known = covered(blocks.architecture)
+    for name in update.deltas:
+        inside = name.startswith(f"{blocks.path}.")
+        path = name.removeprefix(f"{blocks.path}.").partition(".")[2]
+        if not inside:
+            reason = "it is outside the blocks, and so before or after all sites"
+            raise no_steering(name, reason)
+        if path not in known:
+            raise no_steering(name, _why_not(path, blocks.architecture))
+
+
+def _why_not(path: str, known: Architecture) -> str:
+    """Why there is no rule for a parameter of a block."""
     if "norm" in path.lower() or path.startswith("ln_"):
         return "of the norms only those that end the sum of a stream are taken (BERT)"
-    if path.startswith(f"{attention}."):
+    if path.startswith(f"{known.attn_projection.split('.')[0]}."):
         return (
             "it acts before attention mixes the tokens, and a steer is given one token "
             "at a time"
         )
-    return "no site is an affine function of it"
+    return "no rule is for it"

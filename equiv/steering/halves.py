@@ -67,6 +67,11 @@ def _norm_after(known: Architecture, written: str) -> str | None:
     return None if known.plain_add else f"{written.rpartition('.')[0]}.LayerNorm"
 
 
+def reads_stream(known: Architecture) -> bool:
+    """Whether the MLP's input is the stream itself, with no norm between the two."""
+    return not known.plain_add or known.resid_mid == (known.mlp, "input")
+
+
 @dataclass(frozen=True)
 class Layer:
     """One linear layer or LayerNorm, by its name in the model.
@@ -98,21 +103,31 @@ class Layer:
         return None if own.bias is None else own.bias.detach().double()
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in] of a matrix, whatever the module; [d] of a LayerNorm."""
+        own: Any = self.module
+        shape = tuple(own.weight.shape)
+        return shape[::-1] if self.is_conv1d else shape
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the weight is stored in."""
         own: Any = self.module
         return own.weight.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        own: Any = self.module
+        return own.weight.device
+
+    @property
     def facts(self) -> "Facts":
         """What it is now, without the weights themselves."""
         own: Any = self.module
-        shape = tuple(
-            reversed(own.weight.shape) if self.is_conv1d else own.weight.shape
-        )
         return Facts(
             self.name,
-            shape,
+            self.shape,
             self.dtype,
             own.bias is not None,
             self.is_conv1d,
@@ -187,6 +202,6 @@ def widths_of(model: nn.Module, blocks: Blocks, index: int) -> dict[str, int]:
     widths: dict[str, int] = {}
     for half in halves_of(blocks.architecture):
         name = f"{blocks.path}.{index}.{half.projection}"
-        out, inside = layer_at(model, name).weight.shape
+        out, inside = layer_at(model, name).shape
         widths |= {half.given: inside, half.written: out, half.stream: out}
     return {**widths, "mlp_in": widths["resid_mid"]}

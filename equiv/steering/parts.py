@@ -57,6 +57,14 @@ class Parts:
             return Parts(scale=self.scale)
         return Parts(up=down.T, down=up.T, scale=self.scale)
 
+    def linear(self, x: Tensor) -> Tensor:
+        """What is added for one activation [d], less the bias."""
+        scaled = None if self.scale is None else self.scale * x
+        if self.up is None or self.down is None:
+            return torch.zeros_like(x) if scaled is None else scaled
+        found = self.up @ (self.down @ x)
+        return found if scaled is None else found + scaled
+
     def without_zeros(self) -> "Parts":
         """The same with `None` for what is zero everywhere."""
         low = _nonzero(self.up) is not None and _nonzero(self.down) is not None

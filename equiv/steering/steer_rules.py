@@ -12,17 +12,16 @@ Symbols as in `weight_rules`: p = W z + b a last projection, ΔW and Δb its dif
 - A LayerNorm γ ⊙ n + β that ends the sum of a stream: Δγ/γ ⊙ (h − β) + Δβ, by entry.
 """
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equiv.errors import NoExactFormError
 from equiv.model.families import Architecture
 from equiv.steering.affine import Affine
-from equiv.steering.deltas import as_dense, transposed
+from equiv.steering.deltas import as_dense
+from equiv.steering.differences import Difference, Differences
 from equiv.steering.forms import Steering
-from equiv.steering.halves import Half, Layer, halves_of, layer_at
+from equiv.steering.halves import Half, halves_of
 from equiv.steering.heads import Heads
 from equiv.steering.solving import (
     in_factors,
@@ -32,7 +31,7 @@ from equiv.steering.solving import (
     stacked,
 )
 from equiv.steering.vector import Vector
-from equiv.update.low_rank import Delta, LowRank, norm_of
+from equiv.update.low_rank import LowRank
 
 # Path of the last projection → path of the layer that makes the values, and which of
 # how many parts of its output they are.
@@ -43,97 +42,70 @@ _VALUES = {
 }
 
 
-class Differences:
-    """The differences in one block, each to be taken by the rule that explains it.
-
-    Attributes:
-        left: Path of the parameter, from the block → difference; not taken yet.
-    """
-
-    def __init__(
-        self, model: nn.Module, prefix: str, deltas: Mapping[str, Delta]
-    ) -> None:
-        self.model, self.prefix = model, prefix
-        start = f"{prefix}."
-        self.left = {
-            name.removeprefix(start): delta
-            for name, delta in deltas.items()
-            if name.startswith(start)
-        }
-
-    def changes(self, path: str) -> bool:
-        """Whether a layer's weight or bias is among what is left."""
-        return f"{path}.weight" in self.left or f"{path}.bias" in self.left
-
-    def layer(self, path: str) -> Layer:
-        """A layer of the block."""
-        return layer_at(self.model, f"{self.prefix}.{path}")
-
-    def take_weight(self, path: str) -> Delta | None:
-        """The difference of a layer's weight, [out, in], or [d] of a LayerNorm."""
-        delta = self.left.pop(f"{path}.weight", None)
-        if delta is None or norm_of(delta) == 0:
-            return None
-        return transposed(delta) if self.layer(path).is_conv1d else delta
-
-    def take_bias(self, path: str) -> Tensor | None:
-        """The difference of a layer's bias."""
-        delta = self.left.pop(f"{path}.bias", None)
-        found = None if delta is None else as_dense(delta)
-        return found if found is not None and bool(found.any()) else None
+def covered(known: Architecture) -> set[str]:
+    """The parameters that a rule is for, by their paths from the block."""
+    halves = halves_of(known)
+    layers = [*known.mlp_readers, *(half.projection for half in halves)]
+    layers += [half.norm for half in halves if half.norm is not None]
+    found = {f"{path}.{kind}" for path in layers for kind in ("weight", "bias")}
+    values = [_VALUES[h.projection][0] for h in halves if h.projection in _VALUES]
+    return found | {f"{path}.bias" for path in values}
 
 
 def steers_of_block(known: Architecture, own: Differences) -> dict[str, Steering]:
-    """Site → steer, of what the rules take from a block's differences.
+    """Site → steer, of the differences in one block that are `covered`.
 
     Raises:
-        NoExactFormError: If a difference would have to be a steer, and is none.
+        NoExactFormError: If one is no steer.
+        UnsupportedModelError: If its layer is no plain one, or shares its weight.
     """
     attention, mlp = halves_of(known)
-    found: dict[str, Steering] = {}
     moved = _moved_heads(own, attention)
-    for half, heads in ((attention, moved), (mlp, None)):
-        if half is mlp:
-            found |= _readers(own, known)
-        found |= _half(own, half, heads, behind_norm=known.norms_writes)
+    found: dict[str, Steering] = {}
+    if moved is not None or own.changes(attention.projection):
+        found |= _half(own, attention, moved, known)
+    if any(own.changes(path) for path in known.mlp_readers):
+        found |= _readers([own.at(path) for path in known.mlp_readers])
+    if own.changes(mlp.projection):
+        found |= _half(own, mlp, None, known)
+    for half in (attention, mlp):
         if half.norm is not None and own.changes(half.norm):
-            found |= _norm(own, half.norm, half.stream)
+            found |= _norm(own.at(half.norm), half.stream)
     return found
 
 
 def _half(
-    own: Differences, half: Half, heads: Tensor | None, *, behind_norm: bool
+    own: Differences, half: Half, heads: Tensor | None, known: Architecture
 ) -> dict[str, Steering]:
-    """The steer of one half's last projection, and of its heads' c."""
-    if not own.changes(half.projection) and heads is None:
-        return {}
-    layer = own.layer(half.projection)
-    delta, bias = own.take_weight(half.projection), own.take_bias(half.projection)
-    if behind_norm:
-        return _given(half, *_through(layer, half, delta, bias), heads)
+    """The steer of a half's last projection, and of c, what moves its heads."""
+    change = own.at(half.projection)
+    if known.norms_writes:
+        return _given(half, *_through(change, half), heads)
+    weight, bias = change.layer.weight, change.bias
+    if change.weight is None:
+        if heads is not None:
+            bias = _sum(bias, weight @ heads)
+        return {} if bias is None else {half.written: Vector(bias)}
     if heads is not None:
-        weight = layer.weight if delta is None else layer.weight + as_dense(delta)
-        bias = _sum(bias, weight @ heads)
-    if delta is not None:
-        factors = in_factors(delta, noise_of(delta, layer.weight, layer.dtype))
-        steer = Affine(factors.right, factors.left, bias)
-        return {f"{half.given}->{half.written}": steer}
-    return {} if bias is None else {half.written: Vector(bias)}
+        bias = _sum(bias, (weight + as_dense(change.weight)) @ heads)
+    noise = noise_of(change.weight, weight, change.layer.dtype)
+    factors = in_factors(change.weight, noise)
+    steer = Affine(factors.right, factors.left, bias)
+    return {f"{half.given}->{half.written}": steer}
 
 
-def _through(
-    layer: Layer, half: Half, delta: Delta | None, bias: Tensor | None
-) -> tuple[LowRank | None, Tensor | None]:
+def _through(change: Difference, half: Half) -> tuple[LowRank | None, Tensor | None]:
     """(A, k) with W A = ΔW and W k = Δb."""
+    name, dtype, weight = change.layer.name, change.layer.dtype, change.layer.weight
     factors = fixed = None
-    if delta is not None:
-        noise = noise_of(delta, layer.weight, layer.dtype)
-        factors, share = reading(layer.weight, in_factors(delta, noise), noise)
-        _check_reached(share, f"{layer.name}.weight", half)
-    if bias is not None:
-        noise = noise_of(bias, _bias_of(layer), layer.dtype)
-        fixed, share = reading_fixed(layer.weight, bias, noise)
-        _check_reached(share, f"{layer.name}.bias", half)
+    if change.weight is not None:
+        noise = noise_of(change.weight, weight, dtype)
+        factors, share = reading(weight, in_factors(change.weight, noise), noise)
+        _check_reached(share, f"{name}.weight", half)
+    if change.bias is not None:
+        noise = noise_of(change.bias, change.biases[0], dtype)
+        fixed, share = reading_fixed(weight, change.bias, noise)
+        _check_reached(share, f"{name}.bias", half)
     return factors, fixed
 
 
@@ -142,11 +114,11 @@ def _given(
 ) -> dict[str, Steering]:
     """The steer A z + k + c + A c of what a projection is given."""
     total = _sum(fixed, heads)
-    if factors is not None:
-        if heads is not None:
-            total = _sum(total, factors.left @ (factors.right @ heads))
-        return {half.given: Affine(factors.right, factors.left, total)}
-    return {} if total is None else {half.given: Vector(total)}
+    if factors is None:
+        return {} if total is None else {half.given: Vector(total)}
+    if heads is not None:
+        total = _sum(total, factors.left @ (factors.right @ heads))
+    return {half.given: Affine(factors.right, factors.left, total)}
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -166,23 +138,21 @@ def _check_reached(share: float, name: str, half: Half) -> None:
 
 
 def _moved_heads(own: Differences, half: Half) -> Tensor | None:
-    """By how much a bias of the values moves what the heads give."""
-    path, part, parts = _VALUES[half.projection]
-    name = f"{path}.bias"
-    if name not in own.left:
+    """C, by how much a bias of the values moves what the heads give."""
+    if half.projection not in _VALUES:
         return None
-    whole = as_dense(own.left[name])
-    pieces = whole.tensor_split(parts)
+    path, part, parts = _VALUES[half.projection]
+    bias = own.bias(path)
+    if bias is None:
+        return None
+    pieces = bias.tensor_split(parts)
     if any(bool(p.any()) for i, p in enumerate(pieces) if i != part):
         raise no_steering(
-            f"{own.prefix}.{name}",
+            f"{own.prefix}.{path}.bias",
             "its query or key part changes what the heads attend to",
         )
     values = pieces[part]
-    del own.left[name]
-    if not bool(values.any()):
-        return None
-    width = own.layer(half.projection).weight.shape[1]
+    width = own.at(half.projection).layer.shape[1]
     if len(values) == width:
         return values
     # Grouped queries: each head of the values serves several neighbouring ones.
@@ -192,67 +162,51 @@ def _moved_heads(own: Differences, half: Half) -> Tensor | None:
     return grouped.flatten()
 
 
-def _readers(own: Differences, known: Architecture) -> dict[str, Steering]:
+def _readers(changes: list[Difference]) -> dict[str, Steering]:
     """The steer of the MLP's input that does what its readers' differences do."""
-    paths = known.mlp_readers
-    if not any(own.changes(path) for path in paths):
-        return {}
-    layers = [own.layer(path) for path in paths]
-    weights = [layer.weight for layer in layers]
-    deltas = [own.take_weight(path) for path in paths]
-    biases = [own.take_bias(path) for path in paths]
-    weight, delta = torch.cat(weights), stacked(deltas, weights)
+    weights = [change.layer.weight for change in changes]
+    dtype = changes[0].layer.dtype
+    weight, delta = torch.cat(weights), stacked([c.weight for c in changes], weights)
     factors = fixed = None
     if delta is not None:
-        noise = noise_of(delta, weight, layers[0].dtype)
+        noise = noise_of(delta, weight, dtype)
         factors, share = reading(weight, in_factors(delta, noise), noise)
-        _check_common(share, layers, "linear map of")
-    if any(bias is not None for bias in biases):
-        before = [_bias_of(layer) for layer in layers]
-        wanted = torch.cat(
-            [
-                torch.zeros_like(old) if bias is None else bias
-                for bias, old in zip(biases, before, strict=True)
-            ]
+        _check_common(share, changes, "linear map of")
+    if any(change.bias is not None for change in changes):
+        before, wanted = (
+            torch.cat(biases)
+            for biases in zip(*(change.biases for change in changes), strict=True)
         )
-        noise = noise_of(wanted, torch.cat(before), layers[0].dtype)
+        noise = noise_of(wanted, before, dtype)
         fixed, share = reading_fixed(weight, wanted, noise)
-        _check_common(share, layers, "vector at")
+        _check_common(share, changes, "vector at")
     if factors is not None:
         return {"mlp_in": Affine(factors.right, factors.left, fixed)}
     return {} if fixed is None else {"mlp_in": Vector(fixed)}
 
 
-def _check_common(share: float, layers: list[Layer], what: str) -> None:
+def _check_common(share: float, changes: list[Difference], what: str) -> None:
     if share:
-        names = " and ".join(f"`{layer.name}`" for layer in layers)
+        names = " and ".join(f"`{change.layer.name}`" for change in changes)
         raise NoExactFormError(
             f"The update of {names} has no exact steering form: no one {what} mlp_in, "
             f"which they read, does what it does; the best leaves {share:.2g} of it."
         )
 
 
-def _norm(own: Differences, path: str, stream: str) -> dict[str, Steering]:
-    """The steer of a stream that does what its LayerNorm's differences do."""
-    layer = own.layer(path)
-    gain, delta, bias = layer.weight, own.take_weight(path), own.take_bias(path)
-    if delta is None:
-        return {} if bias is None else {stream: Vector(bias)}
-    change = as_dense(delta)
-    if bool(((gain == 0) & (change != 0)).any()):
+def _norm(change: Difference, stream: str) -> dict[str, Steering]:
+    """The steer of a stream that does what its LayerNorm's difference does."""
+    if change.weight is None:
+        return {} if change.bias is None else {stream: Vector(change.bias)}
+    gain, delta = change.layer.weight, as_dense(change.weight)
+    if bool(((gain == 0) & (delta != 0)).any()):
         raise no_steering(
-            f"{layer.name}.weight", "where it is zero, nothing is left to be scaled"
+            f"{change.layer.name}.weight",
+            "where it is zero, nothing is left to be scaled",
         )
-    scale = torch.where(change == 0, 0.0, change / gain)
-    offset = -scale * _bias_of(layer)
-    offset = offset if bias is None else offset + bias
-    return {stream: Heads(offset=offset[None], scale=scale[None])}
-
-
-def _bias_of(layer: Layer) -> Tensor:
-    """The layer's bias; zeros where it has none."""
-    bias = layer.bias
-    return layer.weight.new_zeros(len(layer.weight)) if bias is None else bias
+    scale = torch.where(delta == 0, 0.0, delta / gain)
+    before, bias = change.biases
+    return {stream: Heads(offset=(bias - scale * before)[None], scale=scale[None])}
 
 
 def no_steering(name: str, reason: str) -> NoExactFormError:
