@@ -239,6 +239,22 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["LoRA with biases and scale", "BEFT"])
+def test_the_base_may_be_the_model_inside(kind: str) -> None:
+    """PEFT puts its layers into the base that it is given."""
+    base = transformer("llama", seed=8)
+    plain = logits(base)
+    config = peft.BeftConfig(target_modules=["v_proj", "down_proj"])
+    adapted = trained(base, config if kind == "BEFT" else CONFIGS[kind](), 0)
+    base, expected = adapted.get_base_model(), logits(adapted)
+    found = equiv.to_steering(adapted, base)
+    with adapted.disable_adapter():
+        exact.close(logits(adapted), plain)
+        exact.close(steered(adapted, found), expected)
+    with pytest.raises(equiv.UnsupportedModelError, match=r"of peft\.tuners.*unload"):
+        equiv.to_weights(found, base)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_adapters_of_others_are_steering(kind: str, tmp_path: Path) -> None:

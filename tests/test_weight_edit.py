@@ -102,6 +102,8 @@ def test_new_biases_come_back_from_a_checkpoint(
         edited.save_pretrained(tmp_path / site)
         loaded = load(model, tmp_path / site)
         assert changed(edited, loaded) == set()
+        again = equiv.to_steering(tmp_path / site, model)
+        exact.close(steered(model, again), steered(model, steering))
         exact.close(logits(loaded), steered(model, steering))
         before = dict(model.named_parameters())
         new = {n: p for n, p in edited.named_parameters() if n not in before}

@@ -64,7 +64,7 @@ class Differences:
         Raises:
             UnsupportedModelError: If it is no plain layer, or shares its weight.
         """
-        layer = layer_at(self.model, f"{self.prefix}.{path}")
+        layer = layer_at(self.model, f"{self.prefix}.{path}", adapted=True)
         weight = self.deltas.get(f"{layer.name}.weight")
         if weight is not None and layer.is_conv1d:
             weight = transposed(weight)

@@ -4,20 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from equiv.errors import UpdateMismatchError
 from equiv.model.families import Architecture, Blocks
 from equiv.model.guard import check_model
+from equiv.model.loading import load_model
 from equiv.model.sites import SiteKey
+from equiv.steering.deltas import as_dense
 from equiv.steering.differences import Differences
 from equiv.steering.digests import update_digest
 from equiv.steering.forms import Steering
-from equiv.steering.halves import blocks_of, layer_at
+from equiv.steering.halves import blocks_of, layer_at, without_adapter
 from equiv.steering.steer_rules import covered, no_steering, steers_of_block
 from equiv.steering.steering_set import SteeringSet
 from equiv.steering.weight_edit import WeightEdit
-from equiv.update.adapters import from_directory, from_model, is_peft
+from equiv.update.adapters import clean, from_directory, from_model, is_peft
 from equiv.update.low_rank import Delta, norm_of
 from equiv.update.sources import resolve
 from equiv.update.update import Update
@@ -84,8 +86,8 @@ def _differences(update: object, model: nn.Module) -> Update:
     if isinstance(update, WeightEdit):
         update.check_fits(model)
         return Update.from_dict(update.deltas, source="steering as weights")
-    if isinstance(update, (str, Path)) and (Path(update) / _ADAPTER).is_file():
-        update = from_directory(update, model)
+    if isinstance(update, (str, Path)):
+        update = _from_folder(Path(update), model) or update
     elif is_peft(update):
         assert isinstance(update, nn.Module)
         update = from_model(update, model)
@@ -93,40 +95,54 @@ def _differences(update: object, model: nn.Module) -> Update:
         update = _between(model, update)
     elif isinstance(update, Mapping):
         update = Update.from_dict(update)
-    if not isinstance(update, Update):
-        return resolve(model, update)
-    new = {n: d for n, d in update.deltas.items() if _could_have(model, n)}
-    old = {n: d for n, d in update.deltas.items() if n not in new}
-    for name, delta in new.items():
-        _check_bias(model, name, delta)
-    fitted = resolve(model, Update(old, {}, update.source)).deltas if old else {}
-    return Update({**fitted, **new}, {}, update.source)
+    given = update.deltas if isinstance(update, Update) else {}
+    new = {n: _new_bias(model, n, d) for n, d in given.items() if _lacks(model, n)}
+    if isinstance(update, Update) and new:
+        old = {n: d for n, d in given.items() if n not in new}
+        fitted = resolve(model, Update(old, {}, update.source)).deltas if old else {}
+        return Update({**_clean(fitted), **new}, {}, update.source)
+    found = resolve(model, update)
+    return Update(_clean(found.deltas), {}, found.source)
 
 
-_ADAPTER = "adapter_config.json"
+def _clean(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """By the names that parameters have without PEFT's layers around their own."""
+    return {clean(name): delta for name, delta in deltas.items()}
 
 
-def _could_have(model: nn.Module, name: str) -> bool:
+def _from_folder(folder: Path, model: nn.Module) -> Update | None:
+    """The update in a local folder of an adapter or a tuned model."""
+    if (folder / "adapter_config.json").is_file():
+        return from_directory(folder, model)
+    if (folder / "config.json").is_file():
+        return _between(model, load_model(type(model), str(folder)))
+    return None
+
+
+def _lacks(model: nn.Module, name: str) -> bool:
     """Whether a name is the bias of a layer that has none."""
     path, _, last = name.rpartition(".")
-    module = dict(model.named_modules()).get(path)
+    found = dict(model.named_modules()).get(path)
+    module = None if found is None else without_adapter(found)
     return last == "bias" and isinstance(module, nn.Linear) and module.bias is None
 
 
-def _check_bias(model: nn.Module, name: str, delta: Delta) -> None:
-    """Refuse a new bias of the wrong width."""
-    expected = (layer_at(model, name.rpartition(".")[0]).weight.shape[0],)
+def _new_bias(model: nn.Module, name: str, delta: Delta) -> Tensor:
+    """A bias that the base lacks, checked as `resolve` checks others."""
+    layer = layer_at(model, name.rpartition(".")[0], adapted=True)
+    expected = layer.shape[:1]
     if tuple(delta.shape) != expected:
         raise UpdateMismatchError(
             f"The update has `{name}` of shape {tuple(delta.shape)}; the model expects "
             f"{expected}."
         )
+    return as_dense(delta).to(layer.device)
 
 
 def _between(model: nn.Module, tuned: nn.Module) -> Update:
     """Tuned − base; biases that only the tuned model has start from zero."""
     before, after = dict(model.named_parameters()), dict(tuned.named_parameters())
-    new = {n: torch.zeros_like(after[n]) for n in after if _could_have(model, n)}
+    new = {n: torch.zeros_like(after[n]) for n in after if _lacks(model, n)}
     if not new:
         return Update.between(model, tuned)
     return Update.from_state_dicts({**before, **new}, after)

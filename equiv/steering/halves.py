@@ -20,6 +20,7 @@ from equiv.errors import UnsupportedModelError
 from equiv.model.factors import takes_factors
 from equiv.model.families import Architecture, Blocks, find_blocks
 from equiv.steering.digests import digest
+from equiv.update.adapters import clean
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,21 @@ class Facts:
     sha256: str
 
 
-def layer_at(model: nn.Module, name: str) -> Layer:
+def layer_at(model: nn.Module, name: str, *, adapted: bool = False) -> Layer:
     """A linear layer or LayerNorm that can be edited.
+
+    Args:
+        model: The model.
+        name: Full name of the layer.
+        adapted: Whether PEFT may have put a layer of its own around it, which is left
+            out of account.
 
     Raises:
         UnsupportedModelError: If it is of another kind, or shares its weight.
     """
     module = model.get_submodule(name)
+    if adapted:
+        module = without_adapter(module)
     if not (type(module) is nn.LayerNorm or takes_factors(module)):
         raise UnsupportedModelError(
             f"Expected `{name}` to be a plain Linear, Conv1D or LayerNorm, got a "
@@ -171,14 +180,20 @@ def layer_at(model: nn.Module, name: str) -> Layer:
         )
     own = {id(p) for p in module.parameters()}
     every = model.named_parameters(remove_duplicate=False)
-    names = [n for n, p in every if id(p) in own]
-    shared = [n for n in names if n.rpartition(".")[0] != name]
-    if shared:
+    names = [clean(n).rpartition(".")[0] for n, p in every if id(p) in own]
+    if shared := [other for other in names if other != name]:
         raise UnsupportedModelError(
             f"`{name}` shares its parameters with `{shared[0]}`: an edit of the one is "
             "an edit of both. Give the module a copy of its own."
         )
     return Layer(name, module)
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    """The layer inside the one that PEFT put around it."""
+    inner = getattr(module, "base_layer", module)
+    assert isinstance(inner, nn.Module)
+    return inner if inner is module else without_adapter(inner)
 
 
 def blocks_of(model: nn.Module) -> Blocks:

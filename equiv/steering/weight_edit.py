@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from equiv.steering.new_biases import Room, make_biases
 from equiv.steering.weight_rules import Edited
 from equiv.update.low_rank import Delta, LowRank
 from equiv.update.update import Update
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,7 @@ class WeightEdit:
             )
         return Update.from_dict(self.deltas, source="steering as weights")
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: Model) -> Model:
         """An edited copy; the model itself is left as it is.
 
         New biases are made where there are none. `save_pretrained` of the copy keeps
