@@ -10,6 +10,7 @@ True
 from equiv.behaviour.calibrating import calibrate as calibrate
 from equiv.behaviour.evaluating import Evaluation as Evaluation
 from equiv.behaviour.evaluating import evaluate as evaluate
+from equiv.behaviour.training import fit_behaviour as fit_behaviour
 from equiv.checking import check as check
 from equiv.designing.design import design as design
 from equiv.designing.values import Design as Design

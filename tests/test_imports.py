@@ -53,6 +53,8 @@ PUBLIC = (
     "Steering",
     "calibrate",
     "evaluate",
+    "fit_behaviour",
+    "fit_steering",
     "Evaluation",
     "Site",
     "SteeringSet",
