@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from equiv.arguments import as_choice
+from equiv.behaviour.training import fit_behaviour
 from equiv.errors import ArgumentError
 from equiv.model.sites import Site
 from equiv.steering.custom import Custom
@@ -59,7 +60,8 @@ def fit_steering(
             in the steer's own layer.
         layers: Layers that get steering; `None` for all.
         tokenizer: Tokenizer for texts.
-        dtype: Compute dtype, torch.float32 or torch.float64.
+        dtype: Compute dtype of the closed forms, torch.float32 or torch.float64;
+            "behaviour" then trains through the model as it is.
         seed: Draws what is set apart for choosing (ridge, steps, strength).
         progress: Whether to show a progress bar, where it takes long.
 
@@ -116,15 +118,12 @@ def fit_steering(
     )
     if target != "behaviour":
         return fitted
-    from equiv.behaviour.training import fit_behaviour
-
     return fit_behaviour(
         model,
         delta_w,
         inputs,
         fitted,
         tokenizer=tokenizer,
-        dtype=dtype,
         seed=seed,
         progress=progress,
     )

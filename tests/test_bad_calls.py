@@ -308,8 +308,8 @@ TABLE = {
     ),
     "a fit on two shapes": Bad(
         equiv.ArgumentError,
-        ("one shape", "(2, 3, 4)", "(2, 3, 5)"),
-        lambda: equiv.fit(torch.ones(2, 3, 4), torch.ones(2, 3, 5)),
+        ("same leading axes", "(2, 3, 4)", "(2, 5, 4)"),
+        lambda: equiv.fit(torch.ones(2, 3, 4), torch.ones(2, 5, 4)),
     ),
     "nothing left of an update": Bad(
         equiv.UpdateError,

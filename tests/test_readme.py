@@ -41,6 +41,9 @@ def test_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
         "inputs": ids,
         "batch": {"input_ids": ids},
     }
+    if "bank" in code:
+        shared = equiv.fit_steering(model, update, ids, rank=1)
+        names["steering"] = shared
     if "tokenizer" in code:
         names |= {"model": loading.load_base(), "delta_w": loading.LORA}
         names |= {"texts": loading.texts(4), "tokenizer": loading.load_tokenizer()}
@@ -62,5 +65,8 @@ def test_commands_exist() -> None:
     for option in re.findall(
         r"(--[\w-]+)", "".join(re.findall(r"^    equiv .*", text, re.M))
     ):
-        commands = (README.parent / "equiv/cli/commands.py").read_text()
+        commands = "".join(
+            (README.parent / "equiv/cli" / name).read_text()
+            for name in ("commands.py", "steering.py")
+        )
         assert option in commands or f"{option[2:].replace('-', '_')}:" in commands

@@ -159,5 +159,5 @@ def _parts(texts: Sequence[str], seed: int) -> tuple[list[str], list[str], list[
     order = torch.randperm(len(texts), generator=generator).tolist()
     first = round(FITTED * len(texts))
     second = max(first + 1, round((FITTED + CHOSEN_ON) * len(texts)))
-    drawn = [texts[i] for i in order]
+    drawn = [str(texts[i]) for i in order]
     return drawn[:first], drawn[first:second], drawn[second:]

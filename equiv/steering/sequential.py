@@ -247,8 +247,11 @@ def _at_once(
     points = (Point(0.0), TUNED)
     local = points if scope == "local" else ()
     for stage, _, traces in propagate(cut, update, points, low=low, local=local):
-        kept = list(traces) if stage.name in ("block", "module") else []
-        for spec in plan.get(stage.layer, ()) if kept else ():
+        if stage.name == "head":
+            break
+        kept = list(traces)
+        inside = stage.name in ("block", "module")
+        for spec in plan.get(stage.layer, ()) if inside else ():
             fitter = spec.fitter(cut)
             for trace in kept:
                 if pair := _pair(cut, spec, trace, scope):
