@@ -189,17 +189,24 @@ def test_superposition_holds_to_rounding(family: str) -> None:
     assert found.stages == 4  # embedding, two blocks, head
 
 
-def test_superposition_is_off_above_twelve_blocks() -> None:
+@pytest.mark.parametrize(("blocks", "measured"), [(14, True), (49, False)])
+def test_superposition_is_off_above_forty_eight_blocks(
+    blocks: int, measured: bool
+) -> None:
     small: dict[str, Any] = {
         "hidden_size": 4,
         "intermediate_size": 4,
         "num_attention_heads": 1,
     }
-    model = transformer("llama", seed=1, num_hidden_layers=13, head_dim=4, **small)
+    model = transformer("llama", seed=1, num_hidden_layers=blocks, head_dim=4, **small)
     update = equiv.Update.random(model, 0.01, seed=2)
-    report = equiv.check(model, update, forms=(), layers=[12])
-    assert report.superposition is None
-    assert {r.layer for r in report.rows} == {12, 13}
+    last = [blocks - 1]
+    report = equiv.check(model, update, IDS, forms=(), layers=last, at="base")
+    assert (report.superposition is not None) == measured
+    assert (report.contributions is not None) == measured
+    assert {r.layer for r in report.rows} == {blocks - 1, blocks}
+    if report.superposition is not None:
+        assert report.superposition.verdict is Verdict.HOLDS
 
 
 def test_a_kink_is_named() -> None:
