@@ -17,7 +17,7 @@ from equiv.steering.shared import Shape, Shared, Solved
 # At most so many turns, of so many iterations of LSMR for each factor, and no more once
 # a turn gains less than this share of the sum. More iterations a turn gain little: the
 # other factor is about to change.
-TURNS, STEPS, GAIN = 12, 25, 5e-3
+TURNS, STEPS, GAIN = 6, 15, 1e-2
 
 
 @dataclass(frozen=True)
