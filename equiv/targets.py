@@ -60,8 +60,7 @@ def fit_steering(
             in the steer's own layer.
         layers: Layers that get steering; `None` for all.
         tokenizer: Tokenizer for texts.
-        dtype: Compute dtype of the closed forms, torch.float32 or torch.float64;
-            "behaviour" then trains through the model as it is.
+        dtype: Compute dtype, torch.float32 or torch.float64.
         seed: Draws what is set apart for choosing (ridge, steps, strength).
         progress: Whether to show a progress bar, where it takes long.
 
@@ -124,6 +123,7 @@ def fit_steering(
         inputs,
         fitted,
         tokenizer=tokenizer,
+        dtype=dtype,
         seed=seed,
         progress=progress,
     )
