@@ -15,7 +15,7 @@ from gallery import NAMES, PAIRS, PLAIN, reports
 import equiv
 from equiv.behaviour.ladder import OFFSETS
 from equiv.report import html, plot
-from equiv.report.numbers import figure
+from equiv.report.numbers import figure, percent
 from equiv.report.prose import joined
 from equiv.report.report import Report
 from equiv.report.values import Scope
@@ -318,11 +318,30 @@ def test_tables_have_a_name_for_every_column(name: str) -> None:
 
 
 def test_no_vector_is_said_to_have_few_tokens() -> None:
-    (fits,) = (t for t in _tables("llama") if "reads" in t[0])
+    (fits,) = (t for t in _tables("llama") if "form" in t[0])
     verdicts = {row[2]: row[-1] for row in fits[1:]}
     assert verdicts["vector"] == "measured" and verdicts["affine r8"] == "few tokens"
-    (fits,) = (t for t in _tables("head") if "reads" in t[0])
+    (fits,) = (t for t in _tables("head") if "form" in t[0])
     assert {row[-1] for row in fits[1:]} == {"no shift"}
+
+
+def test_sizes_are_shown_per_layer() -> None:
+    report = reports()["llama"]
+    (table,) = (t for t in _tables("llama") if "adds" in t[0])
+    assert len(table) == 1 + len(report.spectra)
+    parts = report.contributions
+    assert parts is not None
+    for cells, spectrum in zip(table[1:], report.spectra, strict=True):
+        assert cells[:3] == [
+            str(spectrum.layer),
+            percent(parts.share(spectrum.layer)),
+            spectrum.reads,
+        ]
+        assert cells[3] == figure(spectrum.output_vector, 2)
+        assert cells[4] == figure(spectrum.output_affine[0], 2)
+    said = " ".join(str(report).split())
+    assert "effect on the output that is left by steering" in said
+    assert "adds" not in str(reports()["random"])
 
 
 def test_pages_need_their_extra(

@@ -12,6 +12,7 @@ from equiv.report.answer import unsteered
 from equiv.report.meaning import meaning
 from equiv.report.page import page
 from equiv.report.prose import joined
+from equiv.report.sizes import shown_ranks
 from equiv.report.values import Scope, Verdict
 from equiv.writing import write_text
 
@@ -55,6 +56,7 @@ def to_html(report: "Report") -> str:
         propagated=[r for r in report.rows if r.scope is Scope.PROPAGATED],
         local=[r for r in report.rows if r.scope is Scope.LOCAL],
         own_shift=_fitted_to_their_own_shift(report),
+        ranks=shown_ranks(report),
         meaning=meaning(report),
         pictures=list(_pictures(report)),
     )

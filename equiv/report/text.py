@@ -24,6 +24,7 @@ from equiv.report.numbers import counted, figure, percent, scale
 from equiv.report.prose import Prose
 from equiv.report.remainders import remainder_tables
 from equiv.report.rungs import columns, columns_of
+from equiv.report.sizes import sizes
 from equiv.report.values import Behaviour, Order, Scope, Verdict
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _sections(report: "Report") -> Iterator[RenderableType]:
     yield Text("")
     yield from _behaviour(report)
     yield from _fits(report)
+    yield from sizes(report)
     yield from _coverage(report)
     yield Text("What this means", style="bold")
     yield from (Prose(line, indent="  ") for line in meaning(report))
