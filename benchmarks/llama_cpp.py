@@ -101,16 +101,9 @@ def rename(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(path.read_bytes().replace(old, new))
 
 
-def log_probabilities(
-    model: Path, vector: Path | None, ids: Sequence[int]
-) -> Tensor | None:
-    """Log-probabilities of the token after `ids`, by token id.
-
-    `None` where the server ends by itself, as it does where it refuses a file.
-    """
+def log_probabilities(model: Path, vector: Path | None, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of the token after `ids`, by token id."""
     with _serving(model, vector) as address:
-        if address is None:
-            return None
         ask = {
             "prompt": list(ids),
             "n_predict": 1,
@@ -132,8 +125,8 @@ def log_probabilities(
 
 
 @contextmanager
-def _serving(model: Path, vector: Path | None) -> Iterator[str | None]:
-    """The address of a server, for as long as it is needed; `None` if it ended."""
+def _serving(model: Path, vector: Path | None) -> Iterator[str]:
+    """The address of a server, for as long as it is needed."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -146,23 +139,24 @@ def _serving(model: Path, vector: Path | None) -> Iterator[str | None]:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
-            yield address if _answers(process, address) else None
+            _wait(process, address)
+            yield address
         finally:
             process.terminate()
 
 
-def _answers(process: "subprocess.Popen[bytes]", address: str) -> bool:
-    """Whether the server came up; not if it ended.
+def _wait(process: "subprocess.Popen[bytes]", address: str) -> None:
+    """Wait until the server is up.
 
     Raises:
-        RuntimeError: If it does neither.
+        RuntimeError: If it ends instead, or does not come up.
     """
     for _ in range(300):
         if process.poll() is not None:
-            return False
+            raise RuntimeError(f"The server ended with status {process.returncode}.")
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=1):
-                return True
+                return
         except OSError:
             time.sleep(0.2)
     raise RuntimeError("The server did not answer within a minute.")
