@@ -3,8 +3,8 @@
 A file holds `direction.L`, a float32 vector per block, added to the output of block L
 (counted from 0) for every token. Of this the tools think differently:
 
-- llama.cpp adds nothing at block 0 and throws away a whole file that has `direction.0`;
-  EasySteer's files have it.
+- llama.cpp adds nothing at block 0 and throws away a whole file that has `direction.0`:
+  its server then answers unsteered, without an error. EasySteer's files have it.
 - llama.cpp's own `cvector-generator` calls the vector that it took at the output of
   block i `direction.{i+1}`. Nothing in a file tells: `index_shift=-1` puts it right.
 - repeng's vector of the last block comes from `hidden_states[-1]`, that is from behind
