@@ -37,7 +37,7 @@ from torch import Tensor
 import equiv
 from equiv.demo import loading
 from equiv.gate.faults import kind_of, layer_of
-from equiv.steering.vector import Vector
+from equiv.steering.forms.vector import Vector
 from equiv.testing.models import transformer
 from equiv.update.low_rank import LowRank
 

@@ -14,7 +14,7 @@ from benchmarks import llama_cpp
 from benchmarks.peer_world import Row, World
 from equiv.demo import loading
 from equiv.steering.formats import easysteer, gguf, lm_eval, pyreft, steerling
-from equiv.steering.forms import Steering
+from equiv.steering.forms.form import Steering
 
 
 def run_repeng(world: World) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import equiv
 from equiv.demo import loading
-from equiv.steering.forms import Steering
+from equiv.steering.forms.form import Steering
 
 ROUNDINGS = 64  # of the largest logit: a few for each of the operations of four layers
 Steers = Mapping[tuple[int, str], Steering]

@@ -14,7 +14,7 @@ from equiv.model.guard import check_model, measured
 from equiv.model.sites import SITES
 from equiv.report.report import Report
 from equiv.settings import as_settings
-from equiv.steering.forms import FORMS
+from equiv.steering.forms.form import FORMS
 from equiv.update.inputs import inputs_for
 from equiv.update.sources import resolve
 

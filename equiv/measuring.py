@@ -24,8 +24,8 @@ from equiv.shift.stage_update import low_rank_names
 from equiv.shift.superposition import MAX_BLOCKS, superposition
 from equiv.shift.table import Table
 from equiv.shift.traces import BASE, MIDPOINT, TUNED
-from equiv.steering.chain import Spec
-from equiv.steering.table import MomentTable
+from equiv.steering.fits.chain import Spec
+from equiv.steering.fits.table import MomentTable
 from equiv.update.update import Update
 
 HELD_OUT = 0.25

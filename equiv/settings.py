@@ -17,8 +17,8 @@ from equiv.errors import SiteError
 from equiv.model.sites import SITES, Site
 from equiv.shift.calculus import Curve, RowKey
 from equiv.shift.radius import TOLERANCE
-from equiv.steering.chain import TARGETS, Spec
-from equiv.steering.forms import FORMS
+from equiv.steering.fits.chain import TARGETS, Spec
+from equiv.steering.forms.form import FORMS
 
 _AT = ("both", "base", "midpoint")
 

@@ -20,10 +20,10 @@ from equiv.arguments import as_choice
 from equiv.behaviour.training import fit_behaviour
 from equiv.errors import ArgumentError
 from equiv.model.sites import Site
-from equiv.steering.custom import Custom
-from equiv.steering.downstream import fit_downstream
-from equiv.steering.sequential import fit_sequential
-from equiv.steering.steering_set import SteeringSet
+from equiv.steering.fits.sequential import fit_sequential
+from equiv.steering.forms.custom import Custom
+from equiv.steering.forms.steering_set import SteeringSet
+from equiv.steering.jacobian.downstream import fit_downstream
 
 TARGETS = ("block", "shift", "downstream", "behaviour")
 

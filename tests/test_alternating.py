@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from equiv.steering import alternating
-from equiv.steering.alternating import Factors, alternate, factors
-from equiv.steering.features import features
-from equiv.steering.shared import Shared, free
+from equiv.steering.jacobian import alternating
+from equiv.steering.jacobian.alternating import Factors, alternate, factors
+from equiv.steering.jacobian.features import features
+from equiv.steering.jacobian.shared import Shared, free
 from equiv.testing.strategies import seeds
 
 

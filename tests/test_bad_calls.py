@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import equiv
-from equiv.steering.affine import Affine
-from equiv.steering.vector import Vector
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.vector import Vector
 from equiv.testing.models import mlp, transformer
 
 IDS = torch.tensor([[3, 9, 4], [5, 6, 7]])

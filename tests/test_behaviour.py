@@ -15,7 +15,7 @@ from equiv.model.batches import split
 from equiv.model.inputs import from_inputs
 from equiv.report.numbers import percent
 from equiv.report.report import Report
-from equiv.steering.fits import RIDGE
+from equiv.steering.fits.moments import RIDGE
 from equiv.testing.models import mlp, transformer
 
 IDS = torch.randint(3, 32, (16, 9), generator=torch.Generator().manual_seed(0))

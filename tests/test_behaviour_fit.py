@@ -19,8 +19,8 @@ from equiv.model.batches import split
 from equiv.model.guard import measured
 from equiv.model.inputs import from_inputs
 from equiv.model.stages import staged
-from equiv.steering.apply import by_layer
-from equiv.steering.forms import Steering
+from equiv.steering.applying.apply import by_layer
+from equiv.steering.forms.form import Steering
 from equiv.testing.models import FAMILIES, mlp, transformer
 from equiv.testing.strategies import Case, transformer_cases
 from equiv.update.low_rank import LowRank

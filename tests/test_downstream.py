@@ -17,8 +17,8 @@ import equiv
 from equiv.model.guard import measured
 from equiv.model.inputs import from_inputs
 from equiv.model.stages import staged
-from equiv.steering.later import as_later
-from equiv.steering.passage import Passage, part_of, way
+from equiv.steering.jacobian.later import as_later
+from equiv.steering.jacobian.passage import Passage, part_of, way
 from equiv.testing.models import FAMILIES, transformer
 from equiv.testing.strategies import Case, mlp_cases
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equiv
-from equiv.steering.affine import Affine
-from equiv.steering.fits import Moments, Regression
-from equiv.steering.vector import Vector
+from equiv.steering.fits.moments import Moments, Regression
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.vector import Vector
 from equiv.testing.models import mlp, transformer
 from equiv.testing.strategies import seeds
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import equiv
-from equiv.steering.fits import Moments, Regression
-from equiv.steering.fitter import RIDGES
-from equiv.steering.mlp import ACTIVATIONS
-from equiv.steering.mlp_fit import as_mlp, fit_mlp
-from equiv.steering.plan import Planned
+from equiv.steering.fits.fitter import RIDGES
+from equiv.steering.fits.mlp_fit import as_mlp, fit_mlp
+from equiv.steering.fits.moments import Moments, Regression
+from equiv.steering.fits.plan import Planned
+from equiv.steering.forms.mlp import ACTIVATIONS
 from equiv.testing.models import transformer
 from equiv.testing.strategies import seeds
 
@@ -192,11 +192,11 @@ def test_a_module_is_fitted_as_a_copy() -> None:
 
 
 def test_what_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from equiv.steering import lbfgs
+    from equiv.steering.fits import lbfgs
 
     whole = lbfgs.minimise
     monkeypatch.setattr(
-        "equiv.steering.gradient_fit.minimise",
+        "equiv.steering.fits.gradient_fit.minimise",
         lambda parts, loss: whole(parts, loss, iterations=1),
     )
     x, y = tokens(1)

@@ -12,7 +12,7 @@ import equiv
 from equiv.demo import loading
 from equiv.gate.rounding import half_ulp, weight_bound
 from equiv.gate.values import Fate
-from equiv.steering.vector import Vector
+from equiv.steering.forms.vector import Vector
 from equiv.testing.models import FAMILIES, transformer
 from equiv.update.low_rank import LowRank
 

@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 import equiv
 from equiv.model.batches import split
 from equiv.model.inputs import from_inputs
-from equiv.steering.cgls import Problems, solve_each
+from equiv.steering.jacobian.cgls import Problems, solve_each
 from equiv.testing.models import transformer
 from equiv.testing.strategies import seeds
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import equiv
 from equiv import Affine, ArgumentError, LoReFT, LowRankMLP, Steering, Vector
-from equiv.steering.rows import steered, steered_rows
-from equiv.steering.tokens import numbered
+from equiv.steering.applying.rows import steered, steered_rows
+from equiv.steering.applying.tokens import numbered
 from equiv.testing.models import transformer
 
 HALF = (torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ from torch import nn
 import equiv
 from equiv.model.families import FAMILIES as KNOWN
 from equiv.model.sites import FLOW
-from equiv.steering.vector import Vector
+from equiv.steering.forms.vector import Vector
 from equiv.testing.models import FAMILIES, transformer
 
 SITES = FLOW

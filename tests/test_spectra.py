@@ -19,8 +19,8 @@ from equiv.model.sites import FLOW, Site
 from equiv.model.stages import staged
 from equiv.shift.output_metric import OutputMetric
 from equiv.shift.probes import Probing
-from equiv.steering.fits import Moments, Regression
-from equiv.steering.spectrum import misfits
+from equiv.steering.fits.moments import Moments, Regression
+from equiv.steering.fits.spectrum import misfits
 from equiv.testing.models import transformer
 
 IDS = torch.randint(3, 32, (16, 7), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import equiv
 from equiv import Affine, ArgumentError, LowRankMLP, SteeringSet, Vector
-from equiv.steering.positions import Positions, window
+from equiv.steering.applying.positions import Positions, window
 from equiv.testing.models import transformer
 
 PROMPTS = ([3, 9, 4, 11, 5], [7, 8], [12, 13, 14, 3])

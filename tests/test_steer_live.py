@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import equiv
 from equiv import Affine, ArgumentError, LoReFT, Vector
-from equiv.steering.placed import Placed
+from equiv.steering.applying.placed import Placed
 from equiv.testing.models import transformer
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import equiv
-from equiv.steering.contents import FORMS, KEY
-from equiv.steering.digests import digest, update_digest, weights_digest
-from equiv.steering.mlp import ACTIVATIONS
+from equiv.steering.files.contents import FORMS, KEY
+from equiv.steering.files.digests import digest, update_digest, weights_digest
+from equiv.steering.forms.mlp import ACTIVATIONS
 from equiv.testing.models import transformer
 from equiv.testing.strategies import seeds
 from equiv.update.low_rank import LowRank

@@ -13,8 +13,8 @@ from equiv.errors import ArgumentError
 from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
 from equiv.model.sites import SiteKey
-from equiv.steering.forms import Steering
-from equiv.steering.steering_set import SteeringSet
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.steering_set import SteeringSet
 from equiv.update.sources import resolve
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -52,7 +52,7 @@ def calibrate(
         EquivError: As `equiv.evaluate`.
 
     Example:
-        >>> from equiv.steering.vector import Vector
+        >>> from equiv.steering.forms.vector import Vector
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Identity())
         >>> twice = {(0, "0"): Vector(torch.tensor([2.0, -2.0]))}
         >>> update = {"0.bias": torch.tensor([1.0, -1.0])}

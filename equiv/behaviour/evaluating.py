@@ -27,8 +27,8 @@ from equiv.shift.measures import counted, squares
 from equiv.shift.propagate import propagate
 from equiv.shift.stage_update import low_rank_names
 from equiv.shift.traces import TUNED, Point
-from equiv.steering.apply import by_layer
-from equiv.steering.forms import Steering
+from equiv.steering.applying.apply import by_layer
+from equiv.steering.forms.form import Steering
 from equiv.update.low_rank import LowRank
 from equiv.update.sources import resolve
 from equiv.update.update import Update
@@ -97,7 +97,7 @@ def evaluate(
         EquivError: As `equiv.check` and `equiv.steer`.
 
     Example:
-        >>> from equiv.steering.vector import Vector
+        >>> from equiv.steering.forms.vector import Vector
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Identity())
         >>> update = {"0.bias": torch.tensor([1.0, -1.0])}
         >>> x = torch.randn(5, 2)

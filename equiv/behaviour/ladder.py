@@ -30,10 +30,10 @@ from equiv.behaviour.distance import Distances
 from equiv.model.sites import LOGITS, Site, Steer
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.traces import Trace
-from equiv.steering.chain import Chain, Spec, Stream, aim, everywhere
-from equiv.steering.fits import Moments, Regression
-from equiv.steering.forms import Steering
-from equiv.steering.oracle import Offset, Overwrite
+from equiv.steering.fits.chain import Chain, Spec, Stream, aim, everywhere
+from equiv.steering.fits.moments import Moments, Regression
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.oracle import Offset, Overwrite
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 OFFSETS = "simultaneous offsets"

@@ -28,10 +28,10 @@ from torch import Tensor
 from equiv.model.sites import Site, read_and_written
 from equiv.model.stages import StagedModel
 from equiv.shift.probes import Felt, Passed, Probing
-from equiv.steering.chain import aim
-from equiv.steering.fits import Regression
-from equiv.steering.spectrum import misfits
-from equiv.steering.table import MomentTable
+from equiv.steering.fits.chain import aim
+from equiv.steering.fits.moments import Regression
+from equiv.steering.fits.spectrum import misfits
+from equiv.steering.fits.table import MomentTable
 from equiv.update.update import Update
 
 # Largest rank that is judged: beyond, a steer is hardly smaller than the weights.

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from equiv.errors import ArgumentError
 from equiv.model.sites import SiteKey
-from equiv.steering.affine import Affine
-from equiv.steering.custom import Custom
-from equiv.steering.forms import Steering
-from equiv.steering.heads import Heads
-from equiv.steering.loreft import LoReFT
-from equiv.steering.mlp import LowRankMLP
-from equiv.steering.vector import Vector
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.custom import Custom
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.heads import Heads
+from equiv.steering.forms.loreft import LoReFT
+from equiv.steering.forms.mlp import LowRankMLP
+from equiv.steering.forms.vector import Vector
 
 _FORMS = (Vector, Affine, LoReFT, LowRankMLP, Heads)
 # Root mean square that stands for that of a tensor of zeros, which has none.

@@ -35,9 +35,9 @@ from equiv.model.sites import SiteKey
 from equiv.model.stages import staged
 from equiv.shift.measures import counted
 from equiv.shift.stage_update import low_rank_names
-from equiv.steering.apply import by_layer
-from equiv.steering.forms import Steering
-from equiv.steering.steering_set import SteeringSet, as_set
+from equiv.steering.applying.apply import by_layer
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.steering_set import SteeringSet, as_set
 from equiv.update.sources import resolve
 
 STEPS = 80
@@ -87,7 +87,7 @@ def fit_behaviour(
         EquivError: As `equiv.check`.
 
     Example:
-        >>> from equiv.steering.vector import Vector
+        >>> from equiv.steering.forms.vector import Vector
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
         >>> update = {"0.bias": torch.tensor([0.5, -0.5])}
         >>> start = {(0, "0"): Vector(torch.tensor([0.3, -0.3]))}

@@ -14,7 +14,7 @@ from equiv.errors import InputsError
 from equiv.report.grid import Grid
 from equiv.report.numbers import between, counted, figure, percent
 from equiv.report.prose import Prose
-from equiv.steering.steering_set import SteeringSet
+from equiv.steering.forms.steering_set import SteeringSet
 from equiv.targets import fit_steering
 from equiv.update.update import Update
 

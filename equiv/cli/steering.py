@@ -88,7 +88,7 @@ def convert(
     if not steering:
         raise typer.Exit(1)
     if to == OWN:
-        from equiv.steering.files import save
+        from equiv.steering.files.saving import save
 
         save(steering, output, model=model, update=resolved)
     else:
@@ -121,7 +121,7 @@ def export(
 ) -> None:
     """Write steering for another tool: whole, or refused with the reason."""
     from equiv.model.loading import load_saved
-    from equiv.steering.files import load
+    from equiv.steering.files.saving import load
 
     _check_target(to, output)
     if to == PEFT and base is None:
@@ -150,7 +150,7 @@ def _export(
     from equiv.steering.formats import FORMATS
 
     if to == PEFT:
-        from equiv.steering.weights import to_weights
+        from equiv.steering.weights.to_weights import to_weights
 
         to_weights(steering, model).save_peft(output)  # pyright: ignore
         return

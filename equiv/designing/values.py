@@ -7,7 +7,7 @@ from pathlib import Path
 from equiv.fields import whole
 from equiv.model.sites import Site
 from equiv.report.files import read_format, write_fields
-from equiv.steering.plan import Planned
+from equiv.steering.fits.plan import Planned
 
 FORMAT = 1  # 1: first format
 

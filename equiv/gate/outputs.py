@@ -21,7 +21,7 @@ from equiv.model.batches import Batch
 from equiv.model.guard import kept, measured
 from equiv.model.precision import arithmetic
 from equiv.model.sites import model_output
-from equiv.steering.apply import steer
+from equiv.steering.applying.apply import steer
 
 # Logits in one group of rows; a diagnosis holds as many tensors of them as an update
 # has parts, in float64.

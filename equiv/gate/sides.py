@@ -13,7 +13,7 @@ from equiv.errors import ArgumentError
 from equiv.model.guard import check_model
 from equiv.model.loading import load_saved
 from equiv.model.sites import SiteKey, model_output
-from equiv.steering.forms import Steering
+from equiv.steering.forms.form import Steering
 from equiv.update.adapters import clean, is_own
 from equiv.update.low_rank import LowRank
 from equiv.update.sources import is_peft, resolve

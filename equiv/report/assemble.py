@@ -20,9 +20,9 @@ from equiv.report.values import (
 from equiv.shift.calculus import Curve, RowKey
 from equiv.shift.radius import Question
 from equiv.shift.table import CoverageSums, FullSize
-from equiv.steering.chain import Spec
-from equiv.steering.fits import ENOUGH_TOKENS, Regression
-from equiv.steering.table import MomentTable, PairKey
+from equiv.steering.fits.chain import Spec
+from equiv.steering.fits.moments import ENOUGH_TOKENS, Regression
+from equiv.steering.fits.table import MomentTable, PairKey
 
 BEST_SINGLE_LAYERS = 3
 _SCOPES = (Scope.PROPAGATED, Scope.LOCAL)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from equiv.model.sites import LOGITS, OUTPUT, Site
 from equiv.report.numbers import counted, percent, scale
 from equiv.report.values import FitRow, Radius, Row, Scope, Verdict
-from equiv.steering.fits import ENOUGH_TOKENS
+from equiv.steering.fits.moments import ENOUGH_TOKENS
 
 if TYPE_CHECKING:
     from equiv.report.report import Report

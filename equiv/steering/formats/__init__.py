@@ -22,7 +22,7 @@ from equiv.steering.formats import gguf as gguf
 from equiv.steering.formats import lm_eval as lm_eval
 from equiv.steering.formats import pyreft as pyreft
 from equiv.steering.formats import steerling as steerling
-from equiv.steering.steering_set import SteeringSet
+from equiv.steering.forms.steering_set import SteeringSet
 
 
 @dataclass(frozen=True)

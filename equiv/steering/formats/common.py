@@ -13,14 +13,14 @@ from torch import Tensor
 from equiv.errors import ArgumentError, FileFormatError
 from equiv.model.families import FAMILIES, Architecture
 from equiv.model.sites import Site, SiteKey
-from equiv.steering.affine import Affine
-from equiv.steering.contents import read_bytes
-from equiv.steering.forms import Steering
-from equiv.steering.loreft import LoReFT
-from equiv.steering.mlp import LowRankMLP
-from equiv.steering.positions import Positions
-from equiv.steering.steering_set import SteeringSet, as_set
-from equiv.steering.vector import Vector
+from equiv.steering.applying.positions import Positions
+from equiv.steering.files.contents import read_bytes
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.loreft import LoReFT
+from equiv.steering.forms.mlp import LowRankMLP
+from equiv.steering.forms.steering_set import SteeringSet, as_set
+from equiv.steering.forms.vector import Vector
 
 _ZIP = b"PK\x03\x04"
 # Width d and rank r of the tensors of a form.

@@ -32,7 +32,6 @@ from torch import Tensor
 from equiv.arguments import as_integers, index_of, shown
 from equiv.errors import ArgumentError, FileFormatError
 from equiv.model.sites import SiteKey
-from equiv.steering.affine import Affine
 from equiv.steering.formats.common import (
     as_loreft,
     checked,
@@ -45,10 +44,11 @@ from equiv.steering.formats.common import (
     stream_vectors,
     usable,
 )
-from equiv.steering.forms import Steering
-from equiv.steering.loreft import LoReFT
-from equiv.steering.steering_set import SteeringSet
-from equiv.steering.vector import Vector
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.loreft import LoReFT
+from equiv.steering.forms.steering_set import SteeringSet
+from equiv.steering.forms.vector import Vector
 from equiv.writing import write_text
 
 HOLDS = "fixed vectors and affine maps at block_out"

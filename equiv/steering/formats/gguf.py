@@ -27,7 +27,7 @@ import torch
 from equiv.arguments import as_choice, as_integer
 from equiv.errors import ArgumentError, FileFormatError, MissingExtraError
 from equiv.model.families import FAMILIES
-from equiv.steering.contents import read_bytes
+from equiv.steering.files.contents import read_bytes
 from equiv.steering.formats.common import (
     family_of,
     float32,
@@ -35,9 +35,9 @@ from equiv.steering.formats.common import (
     origin,
     stream_vectors,
 )
-from equiv.steering.forms import Steering
-from equiv.steering.steering_set import SteeringSet
-from equiv.steering.vector import Vector
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.steering_set import SteeringSet
+from equiv.steering.forms.vector import Vector
 from equiv.writing import write_bytes
 
 HOLDS = "fixed vectors at block_out, from layer 1"

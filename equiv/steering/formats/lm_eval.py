@@ -35,10 +35,10 @@ from equiv.steering.formats.common import (
     read_tensors,
     refusal,
 )
-from equiv.steering.forms import Steering
-from equiv.steering.loreft import LoReFT
-from equiv.steering.steering_set import SteeringSet
-from equiv.steering.vector import Vector
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.loreft import LoReFT
+from equiv.steering.forms.steering_set import SteeringSet
+from equiv.steering.forms.vector import Vector
 from equiv.writing import write_bytes
 
 HOLDS = "fixed vectors at attn_out, mlp_out and block_out"

@@ -46,10 +46,10 @@ from equiv.steering.formats.common import (
     usable,
 )
 from equiv.steering.formats.reft_states import INTERVENTIONS, steer_from
-from equiv.steering.forms import Steering
-from equiv.steering.mlp import ACTIVATIONS
-from equiv.steering.steering_set import SteeringSet
-from equiv.steering.vector import Vector
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.mlp import ACTIVATIONS
+from equiv.steering.forms.steering_set import SteeringSet
+from equiv.steering.forms.vector import Vector
 from equiv.writing import write_folder
 
 HOLDS = "fixed vectors, affine maps and LoReFTs at " + (

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from equiv.errors import ArgumentError, FileFormatError
-from equiv.steering.affine import Affine
 from equiv.steering.formats.common import checked
-from equiv.steering.forms import Steering
-from equiv.steering.loreft import LoReFT
-from equiv.steering.mlp import LowRankMLP
-from equiv.steering.vector import Vector
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.loreft import LoReFT
+from equiv.steering.forms.mlp import LowRankMLP
+from equiv.steering.forms.vector import Vector
 
 INTERVENTIONS = tuple(
     f"{name}Intervention"

@@ -26,7 +26,7 @@ from torch import Tensor
 from equiv.arguments import as_choice, as_number
 from equiv.errors import ArgumentError, FileFormatError
 from equiv.model.sites import SiteKey
-from equiv.steering.affine import Affine
+from equiv.steering.applying.positions import Positions
 from equiv.steering.formats.common import (
     architecture_of,
     checked,
@@ -39,11 +39,11 @@ from equiv.steering.formats.common import (
     refusal,
     usable,
 )
-from equiv.steering.forms import Steering
-from equiv.steering.mlp import ACTIVATIONS, LowRankMLP
-from equiv.steering.positions import Positions
-from equiv.steering.steering_set import SteeringSet
-from equiv.steering.vector import Vector
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.form import Steering
+from equiv.steering.forms.mlp import ACTIVATIONS, LowRankMLP
+from equiv.steering.forms.steering_set import SteeringSet
+from equiv.steering.forms.vector import Vector
 from equiv.writing import write_bytes
 
 HOLDS = "fixed vectors, or low-rank MLPs without biases and of one activation"

@@ -1,0 +1,1 @@
+"""Steering added to a running model."""

@@ -1,0 +1,1 @@
+"""Steering in a file of its own."""

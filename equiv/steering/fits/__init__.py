@@ -1,0 +1,1 @@
+"""Forms of steering fitted to a shift at the site itself."""

@@ -1,0 +1,1 @@
+"""What steering can be: one form per file."""

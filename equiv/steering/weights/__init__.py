@@ -1,0 +1,1 @@
+"""Steering as a weight edit and back, where it is one."""
