@@ -92,6 +92,13 @@ def encoder_subject(data: Path, seed: int) -> Subject:
     return Subject("MiniLM, all weights", model, tuned, tokenizer, *parts)
 
 
+def subjects(data: Path | None, seed: int) -> Iterator[Subject]:
+    """Each when it is its turn: the encoder has to be fine-tuned first."""
+    yield from demo_subjects()
+    if data:
+        yield encoder_subject(data, seed)
+
+
 def rows(subject: Subject) -> Iterator[dict[str, Any]]:
     """One row per site, form and rank that go together."""
     for site in SITES:
@@ -172,11 +179,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # no timing here, and small products
-    subjects = list(demo_subjects())
-    if arguments.data:
-        subjects.append(encoder_subject(arguments.data, arguments.seed))
     found: list[dict[str, Any]] = []
-    for subject in subjects:
+    for subject in subjects(arguments.data, arguments.seed):
         print(f"\n{subject.name}\n")
         print("| site | form | last block left | distance | recovered | strength | n |")
         print("|---|---|---|---|---|---|---|")

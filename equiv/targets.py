@@ -20,6 +20,7 @@ from equiv.arguments import as_choice
 from equiv.behaviour.training import fit_behaviour
 from equiv.errors import ArgumentError
 from equiv.model.sites import Site
+from equiv.steering.fits.plan import Planned
 from equiv.steering.fits.sequential import fit_sequential
 from equiv.steering.forms.custom import Custom
 from equiv.steering.forms.steering_set import SteeringSet
@@ -38,6 +39,7 @@ def fit_steering(
     rank: int | None = 8,
     target: str = "block",
     at: str | tuple[SupportsIndex, str] | None = None,
+    plan: Iterable[Planned] | None = None,
     layers: Iterable[SupportsIndex] | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
@@ -58,6 +60,8 @@ def fit_steering(
         target: "block", "shift", "downstream" or "behaviour"; see the module.
         at: The later site, for "downstream": "logits", (layer, name), or a name for one
             in the steer's own layer.
+        plan: What to fit where (`equiv.design` makes one), instead of one site, form
+            and rank in all `layers`; not with "downstream".
         layers: Layers that get steering; `None` for all.
         tokenizer: Tokenizer for texts.
         dtype: Compute dtype, torch.float32 or torch.float64.
@@ -69,7 +73,8 @@ def fit_steering(
         `equiv.save`; `about` says how it was fitted.
 
     Raises:
-        ArgumentError: If an argument is outside its set, or `at` is missing or idle.
+        ArgumentError: If an argument is outside its set, or `at` is missing or idle,
+            or there is a plan for "downstream".
         EquivError: As `equiv.check`.
 
     Example:
@@ -88,6 +93,8 @@ def fit_steering(
         )
     if target == "downstream":
         assert at is not None
+        if plan is not None:
+            raise ArgumentError('Expected no `plan` with target="downstream".')
         return fit_downstream(
             model,
             delta_w,
@@ -110,6 +117,7 @@ def fit_steering(
         form=form,
         rank=rank,
         target=closed,
+        plan=plan,
         layers=layers,
         tokenizer=tokenizer,
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""`equiv convert` and `equiv export`, in process, on the shipped model."""
+"""`equiv design`, `convert` and `export`, in process, on the shipped model."""
 
 from pathlib import Path
 
@@ -102,3 +102,45 @@ def test_a_missing_folder_is_told_before_the_work(
 ) -> None:
     assert convert(texts, tmp_path / "no" / "s.safetensors") == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_a_budget_becomes_a_plan_and_the_plan_becomes_steering(
+    texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """check → design → convert, each from the file that the one before wrote."""
+    report, plan, output = (
+        tmp_path / name for name in ("report.json", "plan.json", "s.safetensors")
+    )
+    few = ("--limit", "24", "--max-remainder", "10")
+    sites = ("--site", "block_out", "--site", "mlp_hidden->block_out")
+    given = ["check", BASE, LORA, "--inputs", texts, *few, *sites]
+    assert main([*given, "--json", str(report)]) == 0
+    fits = equiv.Report.from_json(report).fits
+    assert {(fit.reads, fit.writes) for fit in fits} == {
+        ("block_out", "block_out"),
+        ("mlp_hidden", "block_out"),
+    }
+    capsys.readouterr()
+    given = ["design", str(report), "--budget", "6000", "--json", str(plan)]
+    assert main(given) == 0
+    shown = capsys.readouterr().out
+    design = equiv.Design.from_json(plan)
+    assert 0 < design.num_parameters <= 6000
+    assert f"{design.num_parameters:,} of" in " ".join(shown.split())
+    assert convert(texts, output, "--plan", str(plan)) == 0
+    assert "the plan" in capsys.readouterr().out
+    made = equiv.load(output)
+    assert {key: steer.num_parameters for key, steer in made.items()} == {
+        (c.layer, c.site): c.num_parameters for c in design.choices
+    }
+
+
+def test_wrong_files_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, output = tmp_path / "plan.json", tmp_path / "s.safetensors"
+    equiv.Design((), 0, predicted=0.0, reachable=0.0).to_json(plan)
+    assert convert(str(plan), output, "--plan", str(plan)) == 2
+    assert "no steers" in capsys.readouterr().err
+    assert main(["design", str(plan), "--budget", "100"]) == 2
+    assert "report format 1" in capsys.readouterr().err

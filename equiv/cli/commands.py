@@ -71,6 +71,14 @@ def check(
             "behaviour. Needs --inputs."
         ),
     ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE",
+            help="Where to measure and steer, or read->write; may be given several "
+            "times. Without it attn_out, mlp_in, mlp_out and block_out.",
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the affine steering.")] = 8,
     limit: Annotated[
         int, typer.Option(min=1, help="Use at most this many texts, the first ones.")
@@ -90,8 +98,9 @@ def check(
     from equiv.checking import check as check_update
     from equiv.cli.loading import load_tokenizer, read_texts
     from equiv.model.loading import load_saved
+    from equiv.model.sites import SITES
 
-    _check_outputs(json, html)
+    check_outputs(json, html)
     _check_share(min_recovered, inputs)
     texts = None if inputs in (None, "samples") else read_texts(Path(inputs), limit)
     model = load_saved(base)
@@ -100,6 +109,7 @@ def check(
         model,
         update,
         inputs if texts is None else texts,
+        sites=tuple(site) if site else SITES,
         tokenizer=tokenizer,
         max_remainder=max_remainder,
         rank=rank,
@@ -172,7 +182,7 @@ def compare(
     from equiv.gate.files import write_json
     from equiv.gate.html import write_html
 
-    _check_outputs(json, html)
+    check_outputs(json, html)
     agreement, diagnosis = compared(
         expected, actual, base, update, inputs, limit, rtol, atol
     )
@@ -187,12 +197,12 @@ def demo(json: JsonFile = None, html: HtmlFile = None) -> None:
     """Measure a small shipped Llama and two real fine-tunes of it, full and LoRA."""
     from equiv.cli.demo import run
 
-    _check_outputs(json, html)
+    check_outputs(json, html)
     report = run()
     _write(json, report.to_json, html, report.to_html)
 
 
-def _check_outputs(*paths: Path | None) -> None:
+def check_outputs(*paths: Path | None) -> None:
     """Complain before the work about a file that cannot be written."""
     for path in paths:
         if path is not None and not path.parent.is_dir():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 
 from equiv.behaviour.calibrating import calibrate
 from equiv.behaviour.evaluating import Evaluation, evaluate
-from equiv.errors import InputsError
+from equiv.designing.values import Design
+from equiv.errors import ArgumentError, InputsError
 from equiv.report.grid import Grid
 from equiv.report.numbers import between, counted, figure, percent
 from equiv.report.prose import Prose
+from equiv.steering.fits.plan import Planned
 from equiv.steering.forms.steering_set import SteeringSet
 from equiv.targets import fit_steering
 from equiv.update.update import Update
@@ -33,7 +36,23 @@ class Wanted:
     rank: int | None
     target: str
     at: str | None
+    plan: tuple[Planned, ...] | None
     seed: int
+
+
+def read_plan(path: Path) -> tuple[Planned, ...]:
+    """The steers of a design that `equiv design --json` wrote.
+
+    Raises:
+        FileFormatError: If the file is no design.
+        ArgumentError: If the design has no steers.
+    """
+    design = Design.from_json(path)
+    if not design.choices:
+        raise ArgumentError(
+            f"{path}: this design has no steers: nothing within its budget helps."
+        )
+    return design.plan
 
 
 def converted(
@@ -61,6 +80,7 @@ def converted(
         rank=wanted.rank,
         target=wanted.target,
         at=wanted.at,
+        plan=wanted.plan,
         tokenizer=tokenizer,
         seed=wanted.seed,
         progress=progress,
@@ -99,9 +119,8 @@ def _paragraphs(
     name = "KL" if found.measure == "kl" else "output difference"
     if not len(steering):
         yield Prose(
-            f"Not converted: {_form(wanted)} at {wanted.site} is no better than no "
-            "steering at any strength tried. Try another site, more texts, or a "
-            "higher rank.",
+            f"Not converted: {_what(wanted)} is no better than no steering at any "
+            "strength tried. Try another site, more texts, or a higher rank.",
             style="bold",
         )
     else:
@@ -109,7 +128,7 @@ def _paragraphs(
         yield Prose(
             f"Steering replaces {percent(found.recovered)} of {update.source} "
             f"({name} {figure(found.unsteered)} → {figure(found.steered)}"
-            f"{low_high or ''}): {_form(wanted)} at {wanted.site}, "
+            f"{low_high or ''}): {_what(wanted)}, "
             f"{counted(len(steering), 'steer')}, strength "
             f"{figure(float(str(steering.about['strength'])))}",
             style="bold",
@@ -129,11 +148,13 @@ def _paragraphs(
     )
 
 
-def _form(wanted: Wanted) -> str:
+def _what(wanted: Wanted) -> str:
+    if wanted.plan is not None:
+        return "the plan"
     if wanted.form in ("vector", "heads"):
-        return wanted.form
+        return f"{wanted.form} at {wanted.site}"
     rank = "of full rank" if wanted.rank is None else f"r{wanted.rank}"
-    return f"{wanted.form} {rank}"
+    return f"{wanted.form} {rank} at {wanted.site}"
 
 
 def _rows(found: Evaluation, name: str) -> list[list[str]]:

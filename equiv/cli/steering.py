@@ -1,4 +1,4 @@
-"""`equiv convert` and `equiv export`: steering from a fine-tune, for other tools."""
+"""`equiv design`, `convert` and `export`: steering that replaces a fine-tune."""
 
 import warnings
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from equiv.cli.commands import app
+from equiv.cli.commands import JsonFile, app, check_outputs
 from equiv.errors import ArgumentError, FileFormatError
 
 _STATUS = (
@@ -15,6 +15,36 @@ _STATUS = (
 )
 PEFT = "peft"
 OWN = "steering"
+
+
+@app.command()
+def design(
+    report: Annotated[
+        Path, typer.Argument(help="What `equiv check --json` wrote, on real inputs.")
+    ],
+    budget: Annotated[
+        int, typer.Option(min=0, help="The most parameters that may be spent.")
+    ],
+    json: JsonFile = None,
+) -> None:
+    """Say which layers, sites and ranks to spend a number of parameters on.
+
+    `equiv convert --plan FILE` fits what this wrote with --json.
+    """
+    from rich.console import Console
+
+    from equiv.designing.design import design as designed
+    from equiv.designing.text import rendered
+    from equiv.report.report import Report
+    from equiv.report.text import WIDTH
+
+    check_outputs(json)
+    found = designed(Report.from_json(report), budget)
+    console = Console(highlight=False)
+    console.print(rendered(found), width=max(WIDTH, min(console.width, 100)))
+    if json is not None:
+        found.to_json(json)
+        typer.echo(f"Wrote {json}")
 
 
 @app.command(epilog=_STATUS)
@@ -56,6 +86,14 @@ def convert(
     at: Annotated[
         str | None, typer.Option(help="The later site, with --target downstream.")
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What to fit where, as `equiv design --json` wrote it, instead of "
+            "--site, --form and --rank.",
+        ),
+    ] = None,
     limit: Annotated[
         int, typer.Option(min=1, help="Use at most this many texts, the first ones.")
     ] = 512,
@@ -68,17 +106,18 @@ def convert(
     """
     from rich.console import Console
 
-    from equiv.cli.convert import Wanted, converted, rendered
+    from equiv.cli.convert import Wanted, converted, read_plan, rendered
     from equiv.cli.loading import load_tokenizer, read_texts
     from equiv.model.loading import load_saved
     from equiv.report.text import WIDTH
     from equiv.update.sources import resolve
 
     _check_target(to, output)
+    planned = None if plan is None else read_plan(plan)
     texts = read_texts(inputs, limit)
     model = load_saved(base)
     resolved = resolve(model, update)
-    wanted = Wanted(site, form, rank, target, at, seed)
+    wanted = Wanted(site, form, rank, target, at, planned, seed)
     steering, found = converted(
         model, resolved, texts, load_tokenizer(base), wanted, progress=True
     )

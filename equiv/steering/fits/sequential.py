@@ -176,7 +176,10 @@ def as_plan(plan: Iterable[Planned], like: Spec) -> Plan:
                 f"Expected `plan` to hold `Planned` entries, got {shown(entry)}."
             )
         spec = replace(
-            like, site=Site(entry.site).key, form=as_form(entry.form), rank=entry.rank
+            like,
+            site=Site(entry.site).key,
+            form=as_form(entry.form),
+            rank=as_rank(entry.rank),
         )
         made.setdefault(entry.layer, []).append(spec)
     for layer, specs in made.items():
