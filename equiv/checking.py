@@ -89,7 +89,7 @@ def check(
     update = resolve(model, delta_w)
     blocks = find_blocks(model)
     if settings.sites in (None, SITES):
-        settings = replace(settings, sites=SITES if blocks else None)
+        settings = replace(settings, sites=blocks.sites if blocks else None)
     chosen = as_layers(layers, len(blocks.modules) if blocks else 1)
     with measured(model), progress_bar(progress) as bar:
         kind, batches = inputs_for(model, update, inputs, tokenizer, settings.seed)

@@ -241,8 +241,8 @@ TABLE = {
     ),
     "a family that is not in the table": Bad(
         equiv.UnsupportedModelError,
-        ("OPTForCausalLM", "FAMILIES", "llama"),
-        lambda: equiv.check(_opt(), {"lm_head.weight": torch.ones(9, 8)}, IDS),
+        ("RwkvForCausalLM", "TABLE", "llama"),
+        lambda: equiv.check(_rwkv(), {"head.weight": torch.ones(9, 8)}, IDS),
     ),
     "a layer that is not there": Bad(
         equiv.SiteError,
@@ -637,20 +637,10 @@ def _with(value: float) -> torch.Tensor:
     return delta
 
 
-def _opt() -> Any:
-    from transformers import OPTConfig, OPTForCausalLM
+def _rwkv() -> Any:
+    from transformers import RwkvConfig, RwkvForCausalLM
 
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=9,
-            hidden_size=8,
-            ffn_dim=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            max_position_embeddings=8,
-            word_embed_proj_dim=8,
-        )
-    )
+    return RwkvForCausalLM(RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -10,17 +10,17 @@ import witness
 from torch import nn
 
 import equiv
-from equiv.model.families import FAMILIES as KNOWN
+from equiv.model.known_families import TABLE
 from equiv.model.sites import FLOW
 from equiv.steering.forms.vector import Vector
-from equiv.testing.models import FAMILIES, transformer
+from equiv.testing.models import EVERY_FAMILY, FAMILIES, transformer
 
 SITES = FLOW
 IDS = torch.tensor([[3, 9, 4, 11, 5]])
 
 
 def test_every_known_family_has_a_model_here() -> None:
-    assert sorted(KNOWN) == sorted(FAMILIES)
+    assert sorted(TABLE) == sorted(EVERY_FAMILY)
 
 
 def run(model: nn.Module) -> dict:

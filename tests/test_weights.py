@@ -295,7 +295,7 @@ def test_models_that_cannot_be_edited_are_refused() -> None:
     ):
         equiv.to_weights(steering, nn.Linear(16, 16))
     unknown = transformer("llama")
-    unknown.config.model_type = "falcon"
+    unknown.config.model_type = "rwkv"
     with pytest.raises(equiv.UnsupportedModelError, match="No architecture entry"):
         equiv.to_weights(steering, unknown)
     shared = transformer("llama")

@@ -1,97 +1,15 @@
-"""Where each Hugging Face family writes to its residual stream: one line per family.
+"""The blocks of a model, and where the sites are in its modules."""
 
-Paths are relative to the block. Every entry is proven on real modules by the tests:
-a known vector is added at each site and has to land where `sites.py` says.
-"""
-
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from equiv.errors import SiteError, UnsupportedModelError
-from equiv.model.sites import FLOW, Place
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How the blocks of one family are built.
-
-    Attributes:
-        blocks: Path of the list of blocks, from the backbone.
-        attn_out: Module whose output attention adds to the residual stream.
-        mlp: Module whose input is the MLP's input.
-        mlp_out: Module whose output the MLP adds to the residual stream.
-        attn_projection: Last linear layer of attention: its input are the heads.
-        mlp_projection: Last linear layer of the MLP: its input is the hidden layer.
-        mlp_readers: Linear layers that read the MLP's input.
-        resid_mid: Where the stream between the two is: input or output of a module.
-        plain_add: Whether `block_out` is the stream plus `mlp_out`, no norm after it.
-        norms_writes: Whether a norm stands between the projections and the stream.
-    """
-
-    blocks: str
-    attn_out: str
-    mlp: str
-    mlp_out: str
-    attn_projection: str
-    mlp_projection: str
-    mlp_readers: tuple[str, ...]
-    resid_mid: tuple[str, Literal["input", "output"]]
-    plain_add: bool = True
-    norms_writes: bool = False
-
-
-_LLAMA = Architecture(
-    blocks="layers",
-    attn_out="self_attn",
-    mlp="mlp",
-    mlp_out="mlp",
-    attn_projection="self_attn.o_proj",
-    mlp_projection="mlp.down_proj",
-    mlp_readers=("mlp.gate_proj", "mlp.up_proj"),
-    resid_mid=("post_attention_layernorm", "input"),
-)
-_GEMMA2 = replace(
-    _LLAMA,
-    attn_out="post_attention_layernorm",
-    mlp_out="post_feedforward_layernorm",
-    resid_mid=("pre_feedforward_layernorm", "input"),
-    norms_writes=True,
-)
-_OLMO2 = replace(_GEMMA2, resid_mid=("mlp", "input"))
-_GPT2 = Architecture(
-    blocks="h",
-    attn_out="attn",
-    mlp="mlp",
-    mlp_out="mlp",
-    attn_projection="attn.c_proj",
-    mlp_projection="mlp.c_proj",
-    mlp_readers=("mlp.c_fc",),
-    resid_mid=("ln_2", "input"),
-)
-_BERT = Architecture(
-    blocks="encoder.layer",
-    attn_out="attention.output.dropout",
-    mlp="intermediate",
-    mlp_out="output.dropout",
-    attn_projection="attention.output.dense",
-    mlp_projection="output.dense",
-    mlp_readers=("intermediate.dense",),
-    resid_mid=("attention.output", "output"),
-    plain_add=False,
-)
-
-FAMILIES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _GEMMA2,
-    "olmo2": _OLMO2,
-    "gpt2": _GPT2,
-    "bert": _BERT,
-}
+from equiv.model.architecture import Architecture as Architecture
+from equiv.model.known_families import FAMILIES as FAMILIES
+from equiv.model.known_families import TABLE, architecture
+from equiv.model.sites import FLOW, SITES, Place
 
 
 @dataclass(frozen=True)
@@ -101,6 +19,11 @@ class Blocks:
     path: str
     modules: tuple[nn.Module, ...]
     architecture: Architecture
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Those of `SITES` that the blocks have."""
+        return tuple(s for s in SITES if s in (*self.architecture.places, "block_out"))
 
     def block(self, layer: int) -> nn.Module:
         """Block `layer`.
@@ -123,18 +46,31 @@ class Blocks:
         block, known = self.block(layer), self.architecture
         if site == "block_out":
             return Place(block, "output")
-        places: dict[str, tuple[str, Literal["input", "output"]]] = {
-            "attn_heads": (known.attn_projection, "input"),
-            "attn_out": (known.attn_out, "output"),
-            "resid_mid": known.resid_mid,
-            "mlp_in": (known.mlp, "input"),
-            "mlp_hidden": (known.mlp_projection, "input"),
-            "mlp_out": (known.mlp_out, "output"),
-        }
-        if site not in places:
+        if site not in FLOW:
             raise SiteError(f"Expected a site in {', '.join(FLOW)}, got {site!r}.")
-        path, side = places[site]
-        return Place(block.get_submodule(path), side)
+        path, side = known.places.get(site, ("", "output"))
+        module = _submodule(block, path) if path else None
+        if module is None:
+            raise SiteError(self._why_not(layer, site))
+        write = site in ("attn_out", "mlp_out") and known.write_scale
+        return Place(
+            module,
+            side,
+            scale=float(getattr(block, known.write_scale)) if write else 1.0,
+            in_place=site == "mlp_out" and known.adds_in_place,
+            shaped_by=block if site in known.flattens else None,
+        )
+
+    def _why_not(self, layer: int, site: str) -> str:
+        kind = type(self.block(layer)).__name__
+        here = [s for s in FLOW if s in (*self.architecture.places, "block_out")]
+        if site == "resid_mid" and self.architecture.parallel:
+            reason = "its attention and MLP read the same stream, so none lies between"
+        elif site == "mlp_hidden" and self.architecture.mlp:
+            reason = "its MLP is a mixture of experts, which have one each"
+        else:
+            reason = "no module of it gives or takes that"
+        return f"{kind} {layer} has no {site}: {reason}. It has {', '.join(here)}."
 
     @property
     def joins_middle(self) -> bool:
@@ -143,7 +79,16 @@ class Blocks:
         What is read there is then the block's input plus what attention adds to it,
         and what is written there is written to `attn_out`.
         """
-        return self.architecture.resid_mid[1] == "input"
+        middle = self.architecture.resid_mid
+        return middle is not None and middle[1] == "input"
+
+
+def _submodule(block: nn.Module, path: str) -> nn.Module | None:
+    """A submodule by path; `None` where this block has none, or has `None` there."""
+    found: Any = block
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -161,16 +106,25 @@ def find_blocks(model: nn.Module) -> Blocks | None:
     family = model_type(model)
     if family is None:
         return None
-    if family not in FAMILIES:
+    known = architecture(family, model.config)
+    if known is None:
         raise UnsupportedModelError(
             f"No architecture entry for `{type(model).__name__}` (model type "
-            f"{family!r}); known: {', '.join(sorted(FAMILIES))}. Add a line to "
-            "`equiv.model.families.FAMILIES`."
+            f"{family!r}); known: {', '.join(sorted(TABLE))}. Add a line to "
+            "`equiv.model.known_families.TABLE`."
         )
-    known = FAMILIES[family]
-    prefix = getattr(model, "base_model_prefix", "")
-    inside = prefix and isinstance(getattr(model, prefix, None), nn.Module)
-    path = f"{prefix}.{known.blocks}" if inside else known.blocks
-    modules = model.get_submodule(path)
-    assert isinstance(modules, nn.ModuleList)
+    path, modules = _list_of_blocks(model, known)
     return Blocks(path, tuple(modules), known)
+
+
+def _list_of_blocks(model: nn.Module, known: Architecture) -> tuple[str, nn.ModuleList]:
+    """The path of the blocks in this class of model, which may be bare or headed."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for path in (f"{prefix}.{known.blocks}", known.blocks):
+        found = _submodule(model, path.lstrip("."))
+        if isinstance(found, nn.ModuleList):
+            return path.lstrip("."), found
+    raise UnsupportedModelError(
+        f"`{type(model).__name__}` has no list of blocks at `{known.blocks}`, where "
+        f"the known models of its type, {model_type(model)!r}, have theirs."
+    )

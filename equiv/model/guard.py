@@ -9,9 +9,19 @@ from torch import nn
 
 from equiv.errors import UnsupportedModelError
 
-# Implementations that have no forward-mode derivative of their own; `sdpa` with the
-# math backend computes the same function.
-_NOT_DIFFERENTIABLE = ("flash", "flex", "paged", "sage", "kernels")
+# Settings of a configuration, in Transformers' words, whose choices may have no
+# forward-mode derivative of their own, those that have none, and what computes the same
+# function: `sdpa` with the math backend, and experts one after the other.
+_IMPLEMENTATIONS = {
+    "_attn_implementation_internal": (
+        ("flash", "flex", "paged", "sage", "kernels"),
+        "sdpa",
+    ),
+    "_experts_implementation_internal": (
+        ("grouped_mm", "batched_mm", "gemm", "moe"),
+        "eager",
+    ),
+}
 
 
 @contextmanager
@@ -25,7 +35,7 @@ def measured(model: nn.Module) -> Iterator[None]:
     check_model(model)
     training = [(module, module.training) for module in model.modules()]
     adapters = _adapter_layers(model)
-    attention = _attention_configs(model)
+    chosen = _implementations(model)
     cpu_state = torch.random.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
@@ -33,8 +43,8 @@ def measured(model: nn.Module) -> Iterator[None]:
             module.training = False
         for module, _ in adapters:
             vars(module)["_disable_adapters"] = True
-        for config, _ in attention:
-            config._attn_implementation_internal = "sdpa"
+        for config, name, _ in chosen:
+            setattr(config, name, _IMPLEMENTATIONS[name][1])
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(kept(model, buffers=True))
@@ -48,8 +58,8 @@ def measured(model: nn.Module) -> Iterator[None]:
             # Most layers only inherit the flag from their class: leave no copy behind.
             vars(module).pop("_disable_adapters", None)
             vars(module).update(own)
-        for config, implementation in attention:
-            config._attn_implementation_internal = implementation
+        for config, name, implementation in chosen:
+            setattr(config, name, implementation)
         torch.random.set_rng_state(cpu_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
@@ -176,12 +186,16 @@ def _adapter_layers(model: nn.Module) -> list[tuple[nn.Module, dict[str, bool]]]
     ]
 
 
-def _attention_configs(model: nn.Module) -> list[tuple[Any, str]]:
-    """Configurations whose attention has no forward-mode derivative."""
-    found: dict[int, tuple[Any, str]] = {}
+def _implementations(model: nn.Module) -> list[tuple[Any, str, str]]:
+    """Configurations, settings and their choices that have no forward-mode derivative.
+
+    Modules share configurations; each is named once.
+    """
+    found: dict[tuple[int, str], tuple[Any, str, str]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        chosen = getattr(config, "_attn_implementation_internal", None)
-        if isinstance(chosen, str) and any(n in chosen for n in _NOT_DIFFERENTIABLE):
-            found[id(config)] = (config, chosen)
+        for name, (without, _) in _IMPLEMENTATIONS.items():
+            chosen = getattr(config, name, None)
+            if isinstance(chosen, str) and any(n in chosen for n in without):
+                found[id(config), name] = (config, name, chosen)
     return list(found.values())

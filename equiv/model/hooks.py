@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -142,6 +143,9 @@ def _adding(steers: Sequence[tuple[str, Callable[[Tensor], Tensor]]]) -> Combine
 
 def hook_on(place: Place, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Put a hook on a place that replaces the activation there by a function of it."""
+    if place.shaped_by is not None:
+        return _hook_on_flat(place, place.shaped_by, change)
+    change = _unscaled(place, change)
     if place.side == "output":
         return place.module.register_forward_hook(
             lambda _m, _a, out: with_first(out, change(first_tensor(out)))
@@ -155,6 +159,52 @@ def hook_on(place: Place, change: Callable[[Tensor], Tensor]) -> RemovableHandle
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
     return place.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _unscaled(
+    place: Place, change: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The change of what a module gives, from that of what is added to the stream."""
+    if place.in_place:  # what was seen must not be what the block changes next
+        return lambda given: change(given).clone()
+    if place.scale == 1:
+        return change
+
+    def scaled(given: Tensor) -> Tensor:
+        added = given * place.scale
+        # Not change(added) / scale: what is not steered stays as it is, bit for bit.
+        return given + (change(added) - added) / place.scale
+
+    return scaled
+
+
+class _Pair(RemovableHandle):
+    """Two hooks that go together; known by the first."""
+
+    def __init__(self, first: RemovableHandle, second: RemovableHandle) -> None:
+        self.__dict__.update(vars(first))
+        self._second = second
+
+    def remove(self) -> None:
+        super().remove()
+        self._second.remove()
+
+
+def _hook_on_flat(
+    place: Place, shaped_by: nn.Module, change: Callable[[Tensor], Tensor]
+) -> RemovableHandle:
+    """A hook on what a block keeps as [batch · seq, d]: it sees [batch, seq, d]."""
+    shape: list[int] = []
+
+    def note(hidden: Tensor) -> Tensor:
+        shape[:] = hidden.shape[:-1]
+        return hidden
+
+    def reshaped(flat: Tensor) -> Tensor:
+        return change(flat.view(*shape, flat.shape[-1])).view(flat.shape)
+
+    noting = hook_on(Place(shaped_by, "input"), note)
+    return _Pair(hook_on(replace(place, shaped_by=None), reshaped), noting)
 
 
 def ahead_of_recorders(module: nn.Module, handle: RemovableHandle) -> None:

@@ -160,10 +160,22 @@ def check_flow(site: Site) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site is in the modules: the input or the (first) output of `module`."""
+    """Where a site is in the modules: the input or the (first) output of `module`.
+
+    Attributes:
+        module: The module.
+        side: Which of the two.
+        scale: What is multiplied with it there before it is added to the stream.
+        in_place: Whether the block goes on to change the tensor itself.
+        shaped_by: Module whose input has the shape [batch, seq, d] that the tensor
+            lacks, being [batch · seq, d]; `None` where it has it.
+    """
 
     module: nn.Module
     side: Literal["input", "output"]
+    scale: float = 1.0
+    in_place: bool = False
+    shaped_by: nn.Module | None = None
 
 
 def first_tensor(output: object) -> Tensor:

@@ -32,7 +32,6 @@ from equiv.model.sites import (
     FLOW,
     LOGITS,
     OUTPUT,
-    SITES,
     Place,
     Site,
     Sites,
@@ -223,7 +222,9 @@ class StagedModel:
             return
         for site in sites or ():
             check_flow(Site(site))
-        asked = (*SITES, *read_and_written(sites or ()))
+            for name in {Site(site).read, Site(site).write}:
+                self.blocks.place(0, name)
+        asked = (*self.blocks.sites, *read_and_written(sites or ()))
         captured = tuple(name for name in FLOW if name in asked)
         inside = [self._names_under(f"{self.blocks.path}.{i}.") for i in self.layers]
         blocks = {name for names in inside for name in names}

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from equiv.errors import UnsupportedModelError
 from equiv.model.families import Blocks
 
 Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # block → how it is called
@@ -31,16 +33,19 @@ def stubs(
             last block ends the run by `ReachedBlocks`.
     """
     last = len(blocks.modules) - 1
+    handed: list[Tensor] = []
 
-    def stub(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def stub(index: int) -> Callable[..., object]:
+        def forward(*args: Any, **kwargs: Any) -> object:
+            hidden, args, kwargs = _taken(args, kwargs)
             if record is not None:
+                _check_handed(blocks, index, hidden, handed)
                 record[index] = (args, kwargs)
             if index < last:
-                return hidden_states
+                return _as_returned(hidden, blocks.architecture.returns)
             if enter is None:
-                raise ReachedBlocks(hidden_states)
-            return enter
+                raise ReachedBlocks(hidden)
+            return _as_returned(enter, blocks.architecture.returns)
 
         return forward
 
@@ -50,9 +55,42 @@ def stubs(
         yield
 
 
+def _taken(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden state that a block is called with, and what else."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _as_returned(hidden: Tensor, entries: int) -> object:
+    """What a block returns: a tensor, or a tuple that starts with it."""
+    return (hidden, *[None] * (entries - 1)) if entries else hidden
+
+
+def _check_handed(
+    blocks: Blocks, index: int, hidden: Tensor, handed: list[Tensor]
+) -> None:
+    """Refuse a model that does more with its blocks than run one after the other."""
+    found = f"Block {index} of `{blocks.path}`"
+    if index != len(handed):
+        raise UnsupportedModelError(
+            f"{found} is run where block {len(handed)} was expected: only blocks that "
+            "run once each, one after the other, can be measured one by one."
+        )
+    if handed and hidden is not handed[-1] and not torch.equal(hidden, handed[-1]):
+        raise UnsupportedModelError(
+            f"{found} is not given what block {index - 1} returned: the model changes "
+            "the stream between its blocks, where no site is."
+        )
+    handed.append(hidden)
+
+
 @contextmanager
 def replaced_forward(
-    module: nn.Module, forward: Callable[..., Tensor]
+    module: nn.Module, forward: Callable[..., object]
 ) -> Iterator[None]:
     """A module with another forward; its own, or its class's, is put back."""
     own = vars(module).get("forward")

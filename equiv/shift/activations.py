@@ -164,10 +164,8 @@ def shifts(
     chosen = None if sites is None else as_names("sites", sites, SITES)
     update = resolve(model, delta_w)
     blocks = find_blocks(model)
-    if blocks is None and chosen == SITES:
-        chosen = None
-    elif blocks is not None and chosen is None:
-        chosen = SITES
+    if chosen in (None, SITES):
+        chosen = blocks.sites if blocks else None
     if chosen == ():
         raise SiteError("Expected at least one site, got none.")
     count = len(blocks.modules) if blocks else 1

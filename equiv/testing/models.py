@@ -57,6 +57,65 @@ _BERT = {
 }
 
 _GEMMA2 = {**_LLAMA, "query_pre_attn_scalar": 8, "sliding_window": 32}
+# Some layers see four tokens back, some all of them.
+_SLIDING = {
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_GROUPED = {k: v for k, v in _LLAMA.items() if k != "head_dim"}
+_MIXTURE = {
+    **_LLAMA,
+    "moe_intermediate_size": 12,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+_DEEPSEEK = {
+    **{k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_NEOX = {**_BERT, "hidden_act": "gelu", "bos_token_id": 1, "eos_token_id": 2}
+_OPT = {
+    **_BERT,
+    "ffn_dim": 24,
+    "word_embed_proj_dim": 16,
+    "init_std": _SPREAD,
+    "activation_function": "gelu",
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FALCON = {
+    **{k: v for k, v in _BERT.items() if k != "intermediate_size"},
+    "ffn_hidden_size": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MAMBA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "state_size": 4,
+    "num_hidden_layers": 2,
+    "expand": 2,
+    "conv_kernel": 3,
+    "initializer_range": _SPREAD,
+    "residual_in_fp32": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MAMBA2 = {**_MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
 
 # Family → names of configuration and model class in transformers, and the settings.
 _CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -69,7 +128,44 @@ _CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),
     "bert": ("BertConfig", "BertForMaskedLM", _BERT),
 }
-FAMILIES = tuple(_CLASSES)
+FAMILIES = tuple(_CLASSES)  # one of every kind of block; tests of everything run these
+_CLASSES |= {
+    "cohere": ("CohereConfig", "CohereForCausalLM", _GROUPED),
+    "cohere2": ("Cohere2Config", "Cohere2ForCausalLM", {**_LLAMA, **_SLIDING}),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _DEEPSEEK),
+    "falcon": ("FalconConfig", "FalconForCausalLM", _FALCON),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", _LLAMA),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_GEMMA2, **_SLIDING},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _NEOX),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {**_MIXTURE, **_SLIDING}),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {**_GPT2, "rotary_dim": 4}),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {**_GROUPED, "residual_multiplier": 0.4, "attention_multiplier": 0.5},
+    ),
+    "mamba": ("MambaConfig", "MambaForCausalLM", _MAMBA),
+    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", _MAMBA2),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _MIXTURE),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", _GROUPED),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {**_GROUPED, **_SLIDING}),
+    "opt": ("OPTConfig", "OPTForCausalLM", _OPT),
+    "phi": ("PhiConfig", "PhiForCausalLM", {**_GROUPED, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_GROUPED, "pad_token_id": None}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {**_MIXTURE, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MIXTURE),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**_GROUPED, "pad_token_id": 0}),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", _GROUPED),
+}
+EVERY_FAMILY = tuple(_CLASSES)
 
 
 def mlp(
@@ -120,7 +216,7 @@ def transformer(
     Two layers of width 16 over 32 token ids unless `config` says otherwise.
 
     Args:
-        family: One of `FAMILIES`.
+        family: One of `EVERY_FAMILY`.
         seed: Draws the weights.
         dtype: Of the weights.
         **config: Settings of the model's configuration class.
@@ -137,7 +233,7 @@ def transformer(
 
     if family not in _CLASSES:
         raise ArgumentError(
-            f"Expected a family in {', '.join(FAMILIES)}, got {family!r}."
+            f"Expected a family in {', '.join(EVERY_FAMILY)}, got {family!r}."
         )
     config_name, model_name, settings = _CLASSES[family]
     made = getattr(transformers, config_name)(**{**settings, **config})

@@ -51,21 +51,16 @@ def halves_of(known: Architecture) -> tuple[Half, Half]:
             "attn_out",
             "resid_mid",
             known.attn_projection,
-            _norm_after(known, known.attn_out),
+            known.norms_after[0] if known.norms_after else None,
         ),
         Half(
             "mlp_hidden",
             "mlp_out",
             "block_out",
             known.mlp_projection,
-            _norm_after(known, known.mlp_out),
+            known.norms_after[1] if known.norms_after else None,
         ),
     )
-
-
-def _norm_after(known: Architecture, written: str) -> str | None:
-    # In BERT it stands beside the dropout whose output is added.
-    return None if known.plain_add else f"{written.rpartition('.')[0]}.LayerNorm"
 
 
 def reads_stream(known: Architecture) -> bool:
@@ -209,7 +204,21 @@ def blocks_of(model: nn.Module) -> Blocks:
             f"{type(model).__name__}: which of its weights write to a site is not "
             "known."
         )
+    if not _are_sequential(found.architecture):
+        raise UnsupportedModelError(
+            "Expected blocks whose attention and MLP each end in one linear layer that "
+            "writes to the stream, the MLP after attention and both as they are; those "
+            f"of {type(model).__name__} are mixtures, parallel, scaled or of other "
+            "kinds, and no rule is for them."
+        )
     return found
+
+
+def _are_sequential(known: Architecture) -> bool:
+    """Whether the rules hold: two halves, one after the other, added unscaled."""
+    layers = (known.attn_projection, known.mlp_projection, *known.mlp_readers)
+    whole = bool(known.mlp_readers) and all(layers)
+    return whole and known.resid_mid is not None and not known.write_scale
 
 
 def widths_of(model: nn.Module, blocks: Blocks, index: int) -> dict[str, int]:
