@@ -288,3 +288,11 @@ def test_every_form_is_fitted_to_a_model() -> None:
         assert len(fitted) == 2 and found.recovered and found.recovered > 0, form
     with pytest.raises(equiv.ArgumentError, match="Expected `at`"):
         equiv.fit_steering(model, update, IDS, at="logits")
+
+
+def test_a_set_knows_its_positions() -> None:
+    steer = {(0, "block_out"): equiv.Vector(torch.ones(2))}
+    words = "last 3 + generated"
+    assert equiv.SteeringSet(steer, positions=words).positions == words
+    with pytest.raises(equiv.ArgumentError, match="Expected `positions` in"):
+        equiv.SteeringSet(steer, positions="middle")

@@ -163,6 +163,17 @@ def test_the_frame_has_every_row(name: str) -> None:
     assert list(kept) == [r.remainder for r in rows if r.remainder is not None]
 
 
+def test_every_table_becomes_a_frame() -> None:
+    report = reports()["llama"]
+    fits, steered = report.to_frame("fits"), report.to_frame("behaviour")
+    assert list(fits["misfit_held_out"]) == [f.misfit_held_out for f in report.fits]
+    assert list(steered["rung"]) == [b.rung for b in report.behaviour]
+    assert len(report.to_frame("coverage")) == len(report.coverage)
+    assert len(report.to_frame("spectra")) == len(report.spectra)
+    with pytest.raises(equiv.ArgumentError, match="Expected `table` in rows, coverage"):
+        report.to_frame("notes")
+
+
 def test_the_picture_is_not_crushed_by_offsets_that_are_far_below() -> None:
     report = reports()["llama"]
     far = [

@@ -1,9 +1,10 @@
-"""The rows of a report as a pandas data frame."""
+"""A report's tables as pandas data frames."""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from equiv.arguments import as_choice
 from equiv.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -12,19 +13,28 @@ if TYPE_CHECKING:
     from equiv.report.report import Report
 
 
-def to_frame(report: "Report") -> "pandas.DataFrame":
-    """One row per (layer, site, scope); nested fields flattened, curves left out.
+TABLES = ("rows", "coverage", "fits", "behaviour", "spectra")
+
+
+def to_frame(report: "Report", table: str = "rows") -> "pandas.DataFrame":
+    """One row per entry; nested fields flattened, curves left out.
+
+    Args:
+        report: The report.
+        table: Which of its tables, by the report's own name for it.
 
     Raises:
+        ArgumentError: If there is no such table.
         MissingExtraError: If pandas is not installed.
     """
+    entries = getattr(report, as_choice("table", table, TABLES))
     try:
         import pandas
     except ImportError:
         raise MissingExtraError(
             "Data frames need pandas: pip install 'equiv[report]'."
         ) from None
-    return pandas.DataFrame([dict(_flat("", row)) for row in report.rows])
+    return pandas.DataFrame([dict(_flat("", entry)) for entry in entries])
 
 
 def _flat(prefix: str, value: object) -> Iterator[tuple[str, Any]]:

@@ -118,11 +118,19 @@ class Report:
         if not self.holds:
             raise NotEquivalentError(answer.failure(self))
 
-    def to_frame(self) -> "pandas.DataFrame":
-        """The rows as a data frame, nested fields flattened (`order_verdict`, …)."""
+    def to_frame(self, table: str = "rows") -> "pandas.DataFrame":
+        """A table as a data frame, nested fields flattened (`order_verdict`, …).
+
+        Args:
+            table: "rows", "coverage", "fits", "behaviour" or "spectra".
+
+        Raises:
+            ArgumentError: If there is no such table.
+            MissingExtraError: If pandas is not installed.
+        """
         from equiv.report.frame import to_frame
 
-        return to_frame(self)
+        return to_frame(self, table)
 
     def to_dict(self) -> dict[str, object]:
         """The whole report as plain dictionaries, lists, strings and numbers."""

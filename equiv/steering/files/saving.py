@@ -61,8 +61,6 @@ def save(
         Vector(vector=tensor([1., 1., 1., 1.]))
     """
     chosen = as_set(steering)
-    if not isinstance(chosen.positions, str):
-        raise ArgumentError("Expected `positions` in words: a mask is for one batch.")
     about = as_notes({**chosen.about, **_origin(model, update)})
     write_bytes(Path(path), packed(chosen, chosen.positions, about))
 

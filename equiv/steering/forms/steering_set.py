@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from equiv.errors import ArgumentError
 from equiv.model.sites import SiteKey, as_site_key
+from equiv.steering.applying.positions import Positions
 from equiv.steering.forms.form import Steering
 
 
@@ -17,6 +18,10 @@ class SteeringSet(Mapping[SiteKey, Steering]):
         positions: Which tokens are steered, as `equiv.steer` takes it.
         about: Where it comes from and what was measured, as JSON could hold it: the
             base model, the update, the ridge of each fit, figures.
+
+    Raises:
+        ArgumentError: If the positions are no words that `equiv.steer` knows.
+        SiteError: If a key is no site.
 
     Example:
         >>> import torch
@@ -32,6 +37,7 @@ class SteeringSet(Mapping[SiteKey, Steering]):
     about: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        Positions.parse(self.positions)
         known = {as_site_key(key): value for key, value in self.entries.items()}
         object.__setattr__(self, "entries", dict(sorted(known.items())))
 
