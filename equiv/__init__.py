@@ -38,6 +38,7 @@ from equiv.gate.sides import TopK as TopK
 from equiv.gate.values import Agreement as Agreement
 from equiv.gate.values import Diagnosis as Diagnosis
 from equiv.model.sites import Site as Site
+from equiv.model.text_files import read_texts as read_texts
 from equiv.report.report import Report as Report
 from equiv.shift.activations import Shift as Shift
 from equiv.shift.activations import shifts as shifts

@@ -53,6 +53,7 @@ PUBLIC = (
     "Steering",
     "calibrate",
     "evaluate",
+    "read_texts",
     "fit_behaviour",
     "fit_steering",
     "Evaluation",

@@ -13,6 +13,7 @@ from equiv.behaviour.calibrating import calibrate
 from equiv.behaviour.evaluating import Evaluation, evaluate
 from equiv.designing.values import Design
 from equiv.errors import ArgumentError, InputsError
+from equiv.model.rows import Text
 from equiv.report.grid import Grid
 from equiv.report.numbers import between, counted, figure, percent
 from equiv.report.prose import Prose
@@ -58,7 +59,7 @@ def read_plan(path: Path) -> tuple[Planned, ...]:
 def converted(
     model: nn.Module,
     update: Update,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     tokenizer: Any,
     wanted: Wanted,
     *,
@@ -169,7 +170,9 @@ def _rows(found: Evaluation, name: str) -> list[list[str]]:
     return [row for row in rows if found.same_top is not None or "token" not in row[0]]
 
 
-def _parts(texts: Sequence[str], seed: int) -> tuple[list[str], list[str], list[str]]:
+def _parts(
+    texts: Sequence[Text], seed: int
+) -> tuple[list[Text], list[Text], list[Text]]:
     """Texts to fit on, to choose the strength on, and to report on."""
     if len(texts) < LEAST:
         raise InputsError(
@@ -180,5 +183,5 @@ def _parts(texts: Sequence[str], seed: int) -> tuple[list[str], list[str], list[
     order = torch.randperm(len(texts), generator=generator).tolist()
     first = round(FITTED * len(texts))
     second = max(first + 1, round((FITTED + CHOSEN_ON) * len(texts)))
-    drawn = [str(texts[i]) for i in order]
+    drawn = [texts[i] for i in order]
     return drawn[:first], drawn[first:second], drawn[second:]

@@ -1,9 +1,14 @@
-"""Whatever a caller has to feed a model with → batches."""
+"""Whatever a caller has to feed a model with → batches.
+
+Texts, conversations and rows of tables go through `rows.py` and `tokenising.py`; what
+is a call of the model already, or a tensor of one, is taken here.
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +24,17 @@ from equiv.model.batches import (
     numbered,
     pieces,
     room_for,
-    similar,
 )
 from equiv.model.families import model_type
+from equiv.model.positions import given_positions, limit_of
+from equiv.model.rows import Row, check_columns, rows_in
+from equiv.model.text_files import read_texts
+from equiv.model.tokenising import padded_rows
 
 # An additive mask this low leaves a key no weight in any precision: exp(−1000) = 0.
 NO_WEIGHT = -1000.0
-# Families with a table of absolute positions, which ends.
-_ABSOLUTE = ("gpt2", "bert")
+# A text with such an ending may be a file's name.
+_ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
 
 def from_inputs(
@@ -40,11 +48,13 @@ def from_inputs(
 
     Args:
         model: The model they are for (its dtype, device, vocabulary and width).
-        inputs: A string or an iterable of strings (with `tokenizer`), token ids
-            [batch, seq] or features as a tensor, array or nested list, a mapping of
-            keyword arguments, or an iterable of tensors or mappings such as a
+        inputs: A text or an iterable of texts; conversations, each a list of messages
+            with role and content; a `Path` of a file of either; a `datasets.Dataset`
+            with a column of either, or of `input_ids`; token ids [batch, seq] or
+            features as a tensor, array or nested list; a mapping of keyword arguments;
+            or an iterable of tensors, mappings or lists of texts such as a
             `DataLoader`.
-        tokenizer: A Hugging Face tokenizer; needed for texts.
+        tokenizer: A Hugging Face tokenizer; needed for texts and conversations.
         keep_empty: Whether sequences without any token that counts stay.
 
     Raises:
@@ -52,10 +62,11 @@ def from_inputs(
             leave no token to measure.
     """
     entries = _opened(inputs)
-    if isinstance(entries, Sequence) and any(isinstance(e, str) for e in entries):
-        made = _from_texts(model, entries, tokenizer)
-    else:
+    rows = rows_in(entries)
+    if rows is None:
         made = numbered(_batches(model, entries))
+    else:
+        made = _from_rows(model, rows, tokenizer, keep_empty)
     batches = [_checked(model, batch) for batch in made]
     if not batches:
         raise InputsError("Expected at least one batch of inputs, got none.")
@@ -71,21 +82,40 @@ def from_inputs(
 def _opened(inputs: object) -> object:
     """A tensor, array or mapping as it is; whatever else can be iterated as a list."""
     if isinstance(inputs, str):
-        if inputs == "samples":
-            raise InputsError(
-                'Expected inputs, got "samples": only `equiv.check` samples its own. '
-                "Pass texts or tensors."
-            )
-        if difflib.get_close_matches(inputs.lower(), ["samples"], cutoff=0.8):
-            raise InputsError(
-                f'Expected "samples" or texts as `inputs`, got {inputs!r}: did you '
-                'mean "samples"? A text of one word can be passed in a list.'
-            )
-        return [inputs]
+        return [_one_text(inputs)]
+    if isinstance(inputs, Path):
+        return read_texts(inputs)
+    if hasattr(inputs, "column_names"):
+        check_columns(inputs)
+    if hasattr(inputs, "iloc") and hasattr(inputs, "columns"):
+        raise InputsError(
+            f"Expected one column of a {type(inputs).__name__}, got all: pass "
+            f"`inputs[{next(iter(inputs.columns), 'text')!r}]`."  # pyright: ignore
+        )
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OTU":
         return inputs.tolist()
-    one = isinstance(inputs, (Tensor, np.ndarray, Mapping))
+    one = isinstance(inputs, (Tensor, np.ndarray, Mapping, bytes))
     return list(inputs) if isinstance(inputs, Iterable) and not one else inputs
+
+
+def _one_text(text: str) -> str:
+    """A text that nothing else can be meant by."""
+    if text == "samples":
+        raise InputsError(
+            'Expected inputs, got "samples": only `equiv.check` samples its own. '
+            "Pass texts or tensors."
+        )
+    if difflib.get_close_matches(text.lower(), ["samples"], cutoff=0.8):
+        raise InputsError(
+            f'Expected "samples" or texts as `inputs`, got {text!r}: did you '
+            'mean "samples"? A text of one word can be passed in a list.'
+        )
+    if text.lower().endswith(_ENDINGS) and len(text) < 1000 and Path(text).is_file():
+        raise InputsError(
+            f"`inputs` is the name of a file, {text!r}: pass `Path({text!r})` to read "
+            f"it, or `[{text!r}]` if this is the text."
+        )
+    return text
 
 
 def _batches(model: nn.Module, inputs: object) -> Iterable[Batch]:
@@ -132,54 +162,13 @@ def _from_entry(model: nn.Module, index: int, entry: object) -> Batch:
     return _from_tensor(model, as_tensor(f"inputs[{index}][0]", parts[0]))
 
 
-def _check_texts(model: nn.Module, texts: Sequence[object], tokenizer: Any) -> None:
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputsError(
-                f"Expected a text at index {index} of `inputs`, got {shown(text)}. "
-                "Leave such entries out."
-            )
-    if model_type(model) is None:
-        raise InputsError(
-            f"Texts need a Hugging Face model, got {type(model).__name__}: pass "
-            "tensors."
-        )
-    if not callable(tokenizer):
-        raise InputsError(
-            f"Expected `tokenizer=` beside texts, got {shown(tokenizer)}. Pass the "
-            "model's tokenizer itself, for example "
-            "`AutoTokenizer.from_pretrained(...)`."
-        )
-
-
-def _from_texts(
-    model: nn.Module, texts: Sequence[object], tokenizer: Any
+def _from_rows(
+    model: nn.Module, rows: Sequence[Row], tokenizer: Any, keep_empty: bool
 ) -> list[Batch]:
-    _check_texts(model, texts, tokenizer)
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    ids = [
-        tokenizer(text, truncation=limit is not None, max_length=limit).input_ids
-        for text in texts
-    ]
-    rows = [torch.tensor(row, dtype=torch.long) for row in ids]
-    pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+    made = padded_rows(model, rows, tokenizer, keep_empty=keep_empty)
     return [
-        replace(
-            _from_mapping(model, _padded([rows[i] for i in chunk], pad)),
-            index=tuple(chunk),
-        )
-        for chunk in similar([len(row) for row in rows], room_for(model))
+        replace(_from_mapping(model, call), index=tuple(chunk)) for chunk, call in made
     ]
-
-
-def _padded(rows: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
-    """Rows padded on the right to one length, and the mask that says so."""
-    ones = [torch.ones_like(row) for row in rows]
-    stack = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": stack(list(rows), batch_first=True, padding_value=pad),
-        "attention_mask": stack(ones, batch_first=True),
-    }
 
 
 def _from_tensor(model: nn.Module, tensor: Tensor) -> Batch:
@@ -217,6 +206,8 @@ def _from_mapping(model: nn.Module, mapping: Mapping[str, Any]) -> Batch:
     if hf:
         _check_call(model, arguments, name)
         mask = mask if given is None else _token_mask(given, mask)
+        positions = given_positions(model, arguments, mask)
+        arguments |= {} if positions is None else {"position_ids": positions}
         # A cache would be kept for every batch, and nobody reads it.
         arguments["use_cache"] = False
     elif isinstance(given, Tensor) and given.ndim == 2:
@@ -260,8 +251,8 @@ def _check_call(model: nn.Module, arguments: dict[str, Any], name: str) -> None:
         )
     if name == "input_ids":
         arguments[name] = main.long()
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if model_type(model) in _ABSOLUTE and limit and main.shape[1] > limit:
+    limit = limit_of(model)
+    if name in MAIN and limit is not None and main.shape[1] > limit:
         raise InputsError(
             f"Expected sequences of at most {limit} tokens (the model's "
             f"`max_position_embeddings`), got {main.shape[1]}. Cut or split them."
