@@ -2,14 +2,13 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 
-import torch
 from torch import Tensor, nn
 
 from equiv.errors import UpdateError, UpdateMismatchError
-from equiv.update.adapters import tied_error
 from equiv.update.low_rank import Delta, LowRank
+from equiv.update.ties import same, tied_error
 from equiv.update.update import Update
 
 
@@ -38,7 +37,7 @@ def fitted(update: Update, model: nn.Module) -> Update:
                 raise tied_error(name.rpartition(".")[0])
             delta = delta.oriented(modules.get(name.rpartition(".")[0]))
         _check_shape(name, delta, own[canonical])
-        if canonical in deltas and not _same(deltas[canonical], delta):
+        if canonical in deltas and not same(deltas[canonical], delta):
             raise UpdateError(
                 f"`{name}` and `{canonical}` are one tied weight, but the update gives "
                 "them two different values. Give one of them."
@@ -85,11 +84,18 @@ def _aliases(model: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, str]:
     return found
 
 
-def _unknown(name: str, model: nn.Module, known: Iterable[str]) -> str:
+def _unknown(name: str, model: nn.Module, known: Collection[str]) -> str:
     if name in dict(model.named_buffers()):
         return (
             f"`{name}` is a buffer of the model, not a parameter. Expected differences "
             "of parameters only: a buffer has no derivative here."
+        )
+    path, _, last = name.rpartition(".")
+    if last == "bias" and f"{path}.weight" in known:
+        return (
+            f"The update adds a bias to `{path}`, which has none in the base, so there "
+            "is no parameter to move. Give the base's layer a bias of zeros first; for "
+            "steering that does the same there is `equiv.to_steering`."
         )
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f" Did you mean `{close[0]}`?" if close else ""
@@ -111,10 +117,3 @@ def _check_shape(name: str, delta: Delta, parameter: Tensor) -> None:
             f"The update has `{name}` on {device}, the model on {parameter.device}. "
             "Move one of them with `.to(device)`."
         )
-
-
-def _same(first: Delta, second: Delta) -> bool:
-    a, b = (
-        d.dense() if isinstance(d, LowRank) else d.double() for d in (first, second)
-    )
-    return torch.equal(a, b)

@@ -9,14 +9,10 @@ from torch import nn
 from equiv.errors import FileFormatError, UpdateError
 from equiv.model.guard import check_finite
 from equiv.model.loading import hub_file, is_local, load_model
-from equiv.update.adapters import (
-    base_of,
-    from_directory,
-    from_model,
-    is_peft,
-    read_safetensors,
-)
+from equiv.update.adapter_files import from_directory, read_safetensors
 from equiv.update.fitting import fitted
+from equiv.update.merging import from_model
+from equiv.update.peft_names import base_of, is_peft
 from equiv.update.update import Update
 
 

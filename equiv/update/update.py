@@ -138,27 +138,33 @@ class Update:
         )
 
     @classmethod
-    def from_peft(cls, adapted: "PeftModel | str | Path") -> "Update":
+    def from_peft(
+        cls, adapted: "PeftModel | str | Path", base: nn.Module | None = None
+    ) -> "Update":
         """The update that a PEFT adapter makes; plain LoRA stays in factors.
 
         Args:
-            adapted: A `PeftModel`, or the directory of a LoRA adapter.
+            adapted: A `PeftModel`, or the directory of an adapter in safetensors.
+            base: The base. Needed for a directory unless it holds plain LoRA or BEFT,
+                and for adapters that changed the base's own weights (`bias="all"`,
+                PiSSA).
 
         Raises:
             UpdateError: If it is no adapter, is merged, or of a kind that cannot be
                 merged.
+            FileFormatError: If the directory holds no adapter in safetensors.
         """
         from equiv.update.adapters import from_directory, from_model, is_peft
 
         if isinstance(adapted, (str, Path)):
-            return from_directory(adapted)
+            return from_directory(adapted, base)
         if not is_peft(adapted):
             raise UpdateError(
                 "Expected a `PeftModel` or the directory of an adapter, got "
                 f"{type(adapted).__name__}. A tuned model goes to "
                 "`Update.between(base, tuned)`."
             )
-        return from_model(adapted)
+        return from_model(adapted, base)
 
     @classmethod
     def random(cls, model: nn.Module, relative_norm: float, seed: int) -> "Update":

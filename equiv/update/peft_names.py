@@ -1,0 +1,52 @@
+"""What PEFT calls things: its models, and its names around a base's own parameters."""
+
+import re
+
+from torch import nn
+
+# What every kind of adapter calls its own parameters; a test compares with PEFT's list.
+_ADDED = (
+    "adamss_|beft_|boft_|c3a_|deft_|delora_|fourierft_|frod_|glora_|gralora_|hada_|"
+    "hira_|hra_|ia3_|lily_|ln_tuning_|lokr_|lora_|miss_|modules_to_save|oft_|osf_|"
+    "peanut_|poly_|psoft_|pvera_|randlora_|ranknum|road_|shadow_|shira_|supertuning_|"
+    "tinylora_|trainable_tokens_|unilora_|vblora_|vera_|waveft_|xlora_"
+)
+_IS_ADDED = re.compile(rf"(^|\.)({_ADDED})")
+_AROUND = (".base_layer", ".original_module", ".token_adapter")
+
+
+def is_peft(model: object) -> bool:
+    """Whether this is a `PeftModel`, without importing PEFT."""
+    return isinstance(model, nn.Module) and any(
+        c.__name__ == "PeftModel" and c.__module__.startswith("peft.")
+        for c in type(model).__mro__
+    )
+
+
+def base_of(adapted: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`."""
+    return adapted.get_base_model()  # pyright: ignore
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter belongs to the base and not to an adapter.
+
+    Example:
+        >>> is_own("layers.0.q_proj.base_layer.weight")
+        True
+        >>> is_own("layers.0.q_proj.hra_u.default")
+        False
+    """
+    return _IS_ADDED.search(name) is None
+
+
+def clean(name: str) -> str:
+    """The name that a parameter had before PEFT wrapped its module.
+
+    Example:
+        >>> clean("layers.0.q_proj.base_layer.weight")
+        'layers.0.q_proj.weight'
+    """
+    for around in _AROUND:
+        name = name.replace(around, "")
+    return name
