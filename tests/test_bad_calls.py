@@ -640,7 +640,7 @@ def _with(value: float) -> torch.Tensor:
 def _rwkv() -> Any:
     from transformers import RwkvConfig, RwkvForCausalLM
 
-    return RwkvForCausalLM(RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
+    return RwkvForCausalLM(RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2))
 
 
 @pytest.mark.parametrize("name", TABLE)

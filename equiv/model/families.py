@@ -1,100 +1,14 @@
-"""The blocks of a model, and where the sites are in its modules."""
-
-from dataclasses import dataclass
-from typing import Any
+"""Which blocks a model has: by its family's line in the table, or by their looks."""
 
 from torch import nn
 
-from equiv.errors import SiteError, UnsupportedModelError
+from equiv.errors import UnsupportedModelError
 from equiv.model.architecture import Architecture as Architecture
+from equiv.model.blocks import Blocks as Blocks
+from equiv.model.blocks import list_of_blocks
+from equiv.model.blocks import model_type as model_type
 from equiv.model.known_families import FAMILIES as FAMILIES
 from equiv.model.known_families import TABLE, architecture
-from equiv.model.sites import FLOW, SITES, Place
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of a model and how they are built."""
-
-    path: str
-    modules: tuple[nn.Module, ...]
-    architecture: Architecture
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Those of `SITES` that the blocks have."""
-        return tuple(s for s in SITES if s in (*self.architecture.places, "block_out"))
-
-    def block(self, layer: int) -> nn.Module:
-        """Block `layer`.
-
-        Raises:
-            SiteError: If there is no such layer.
-        """
-        if not 0 <= layer < len(self.modules):
-            raise SiteError(
-                f"Expected a layer in 0…{len(self.modules) - 1}, got {layer!r}."
-            )
-        return self.modules[layer]
-
-    def place(self, layer: int, site: str) -> Place:
-        """Where the activation of `site` is in block `layer`.
-
-        Raises:
-            SiteError: If there is no such layer or site.
-        """
-        block, known = self.block(layer), self.architecture
-        if site == "block_out":
-            return Place(block, "output")
-        if site not in FLOW:
-            raise SiteError(f"Expected a site in {', '.join(FLOW)}, got {site!r}.")
-        path, side = known.places.get(site, ("", "output"))
-        module = _submodule(block, path) if path else None
-        if module is None:
-            raise SiteError(self._why_not(layer, site))
-        write = site in ("attn_out", "mlp_out") and known.write_scale
-        return Place(
-            module,
-            side,
-            scale=float(getattr(block, known.write_scale)) if write else 1.0,
-            in_place=site == "mlp_out" and known.adds_in_place,
-            shaped_by=block if site in known.flattens else None,
-        )
-
-    def _why_not(self, layer: int, site: str) -> str:
-        kind = type(self.block(layer)).__name__
-        here = [s for s in FLOW if s in (*self.architecture.places, "block_out")]
-        if site == "resid_mid" and self.architecture.parallel:
-            reason = "its attention and MLP read the same stream, so none lies between"
-        elif site == "mlp_hidden" and self.architecture.mlp:
-            reason = "its MLP is a mixture of experts, which have one each"
-        else:
-            reason = "no module of it gives or takes that"
-        return f"{kind} {layer} has no {site}: {reason}. It has {', '.join(here)}."
-
-    @property
-    def joins_middle(self) -> bool:
-        """Whether the stream in the middle is only formed between modules.
-
-        What is read there is then the block's input plus what attention adds to it,
-        and what is written there is written to `attn_out`.
-        """
-        middle = self.architecture.resid_mid
-        return middle is not None and middle[1] == "input"
-
-
-def _submodule(block: nn.Module, path: str) -> nn.Module | None:
-    """A submodule by path; `None` where this block has none, or has `None` there."""
-    found: Any = block
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found if isinstance(found, nn.Module) else None
-
-
-def model_type(model: nn.Module) -> str | None:
-    """The Hugging Face model type, or `None` for any other module."""
-    config = getattr(model, "config", None)
-    return getattr(config, "model_type", None)
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
@@ -113,18 +27,5 @@ def find_blocks(model: nn.Module) -> Blocks | None:
             f"{family!r}); known: {', '.join(sorted(TABLE))}. Add a line to "
             "`equiv.model.known_families.TABLE`."
         )
-    path, modules = _list_of_blocks(model, known)
+    path, modules = list_of_blocks(model, known)
     return Blocks(path, tuple(modules), known)
-
-
-def _list_of_blocks(model: nn.Module, known: Architecture) -> tuple[str, nn.ModuleList]:
-    """The path of the blocks in this class of model, which may be bare or headed."""
-    prefix = getattr(model, "base_model_prefix", "")
-    for path in (f"{prefix}.{known.blocks}", known.blocks):
-        found = _submodule(model, path.lstrip("."))
-        if isinstance(found, nn.ModuleList):
-            return path.lstrip("."), found
-    raise UnsupportedModelError(
-        f"`{type(model).__name__}` has no list of blocks at `{known.blocks}`, where "
-        f"the known models of its type, {model_type(model)!r}, have theirs."
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equiv.errors import UnsupportedModelError
-from equiv.model.families import Blocks
+from equiv.model.blocks import Blocks
 
 Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # block → how it is called
 
