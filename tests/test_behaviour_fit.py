@@ -131,6 +131,31 @@ def test_it_is_never_worse_than_nothing_or_than_the_start(
     assert bool(found) == (said["strength"] > 0)
 
 
+def test_what_chooses_is_not_trained_on() -> None:
+    """Only held-out sequences are changed by the update: there is nothing to learn."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).double()
+    x = torch.stack([torch.arange(16, dtype=F64), torch.zeros(16, dtype=F64)], 1)
+    parts = split(from_inputs(model, x), HELD_OUT, 0)
+    held = {
+        float(row[0])
+        for part in parts
+        if part.held_out
+        for row in next(iter(part.arguments.values()))
+    }
+    assert len(held) == 4
+    x[:, 1] = torch.tensor([float(row[0]) in held for row in x])
+    update = {"0.weight": torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=F64)}
+    start = {(0, "0"): equiv.Vector(torch.zeros(2, dtype=F64))}
+    said = about(fit_behaviour(model, update, x, start, dtype=F64))
+    assert said["steered"] == said["unsteered"] > 0
+    x[:, 1] = 1 - x[:, 1]  # now only what is trained on, and it would do harm
+    said = about(fit_behaviour(model, update, x, start, dtype=F64))
+    assert said["steered"] == said["unsteered"] == 0
+    x[:, 1] = 1
+    said = about(fit_behaviour(model, update, x, start, dtype=F64))
+    assert said["steered"] < 1e-6 * said["unsteered"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_those_of_the_live_model(family: str) -> None:
     """Steered through the stages, against PyTorch's attention under `equiv.steer`."""
