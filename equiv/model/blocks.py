@@ -109,13 +109,27 @@ def model_type(model: nn.Module) -> str | None:
 
 
 def list_of_blocks(model: nn.Module, known: Architecture) -> tuple[str, nn.ModuleList]:
-    """The path of the blocks in this class of model, which may be bare or headed."""
+    """The path of the blocks in this class of model, which may be bare or headed.
+
+    Raises:
+        UnsupportedModelError: If there is none, or more than one.
+    """
     prefix = getattr(model, "base_model_prefix", "")
-    for path in (f"{prefix}.{known.blocks}", known.blocks):
-        found = submodule(model, path.lstrip("."))
+    for path in (f"{prefix}.{known.blocks}".lstrip("."), known.blocks):
+        found = submodule(model, path)
         if isinstance(found, nn.ModuleList):
-            return path.lstrip("."), found
+            return path, found
+    inside = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path.endswith(f".{known.blocks}") and isinstance(module, nn.ModuleList)
+    ]
+    if len(inside) == 1:
+        return inside[0]
+    paths = ", ".join(path for path, _ in inside) or "none"
     raise UnsupportedModelError(
-        f"`{type(model).__name__}` has no list of blocks at `{known.blocks}`, where "
-        f"the known models of its type, {model_type(model)!r}, have theirs."
+        f"Expected one list of blocks at `{known.blocks}` in {type(model).__name__} "
+        f"(model type {model_type(model)!r}), got {paths}. Of a model with more than "
+        "one stack pass the one that the update is in, as a model of its own: "
+        "`model.get_encoder()`."
     )

@@ -123,6 +123,37 @@ _BERT = Architecture(
 )
 
 
+_DEBERTA = replace(_BERT, returns=2)
+_MODERNBERT = Architecture(
+    blocks="layers",
+    attn_out="attn",
+    mlp="mlp",
+    mlp_out="mlp",
+    attn_projection="attn.Wo",
+    mlp_projection="mlp.Wo",
+    mlp_readers=("mlp.Wi",),
+    resid_mid=("mlp_norm", "input"),
+)
+_VIT = Architecture(
+    blocks="layers",
+    attn_out="attention",
+    mlp="mlp",
+    mlp_out="mlp",
+    attn_projection="attention.o_proj",
+    mlp_projection="mlp.fc2",
+    mlp_readers=("mlp.fc1",),
+    resid_mid=("layernorm_after", "input"),
+)
+_CLIP = replace(
+    _VIT,
+    blocks="encoder.layers",
+    attn_out="self_attn",
+    attn_projection="self_attn.out_proj",
+    resid_mid=("layer_norm2", "input"),
+)
+_WHISPER = replace(_OPT, blocks="layers", flattens=())
+
+
 def _parallel_if(known: Architecture) -> Callable[[Any], Architecture]:
     """As many families say it: `use_parallel_residual`."""
     parallel = replace(known, resid_mid=None)
@@ -170,6 +201,15 @@ TABLE: dict[str, Architecture | Callable[[Any], Architecture]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "electra": _BERT,
+    "deberta-v2": _DEBERTA,
+    "modernbert": _MODERNBERT,
+    "vit": _VIT,
+    "clip_text_model": _CLIP,
+    "clip_vision_model": _CLIP,
+    "whisper": _WHISPER,
 }
 
 

@@ -117,6 +117,51 @@ _MAMBA = {
 }
 _MAMBA2 = {**_MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
 
+_MODERNBERT = {
+    **_BERT,
+    "local_attention": 4,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+}
+_DEBERTA = {
+    **_BERT,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_buckets": 8,
+    "position_biased_input": False,
+}
+_IMAGES = {
+    **{
+        k: v
+        for k, v in _BERT.items()
+        if k not in ("vocab_size", "max_position_embeddings")
+    },
+    "image_size": 8,
+    "patch_size": 4,
+}
+_WHISPER = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "num_mel_bins": 4,
+    "max_source_positions": 6,
+    "init_std": _SPREAD,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
 # Family → names of configuration and model class in transformers, and the settings.
 _CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
@@ -130,9 +175,13 @@ _CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 FAMILIES = tuple(_CLASSES)  # one of every kind of block; tests of everything run these
 _CLASSES |= {
+    "clip_text_model": ("CLIPTextConfig", "CLIPTextModel", _BERT),
+    "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel", _IMAGES),
     "cohere": ("CohereConfig", "CohereForCausalLM", _GROUPED),
     "cohere2": ("Cohere2Config", "Cohere2ForCausalLM", {**_LLAMA, **_SLIDING}),
     "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _DEEPSEEK),
+    "deberta-v2": ("DebertaV2Config", "DebertaV2ForMaskedLM", _DEBERTA),
+    "electra": ("ElectraConfig", "ElectraForMaskedLM", {**_BERT, "embedding_size": 12}),
     "falcon": ("FalconConfig", "FalconForCausalLM", _FALCON),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", _LLAMA),
     "gemma3_text": (
@@ -151,6 +200,7 @@ _CLASSES |= {
     "mamba": ("MambaConfig", "MambaForCausalLM", _MAMBA),
     "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", _MAMBA2),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", _MIXTURE),
+    "modernbert": ("ModernBertConfig", "ModernBertForMaskedLM", _MODERNBERT),
     "olmo": ("OlmoConfig", "OlmoForCausalLM", _GROUPED),
     "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {**_GROUPED, **_SLIDING}),
     "opt": ("OPTConfig", "OPTForCausalLM", _OPT),
@@ -162,8 +212,12 @@ _CLASSES |= {
         {**_MIXTURE, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]},
     ),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MIXTURE),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", _BERT),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**_GROUPED, "pad_token_id": 0}),
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", _GROUPED),
+    "vit": ("ViTConfig", "ViTModel", _IMAGES),
+    "whisper": ("WhisperConfig", "WhisperModel", _WHISPER),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaForMaskedLM", _BERT),
 }
 EVERY_FAMILY = tuple(_CLASSES)
 
@@ -213,7 +267,8 @@ def transformer(
 ) -> Any:
     """A tiny Hugging Face model of a family, with random weights, in eval mode.
 
-    Two layers of width 16 over 32 token ids unless `config` says otherwise.
+    Two layers of width 16 over 32 token ids unless `config` says otherwise. Of Whisper
+    the encoder.
 
     Args:
         family: One of `EVERY_FAMILY`.
@@ -242,7 +297,29 @@ def transformer(
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases and norms: away from exact 0 and 1
                 parameter.data += _SPREAD * torch.randn_like(parameter)
-    return model.to(dtype=dtype).eval()
+    if any("experts" in name for name, _ in model.named_modules()):
+        model.set_experts_implementation("eager")  # others know no float64
+    whole = model.to(dtype=dtype).eval()
+    return whole.get_encoder() if family == "whisper" else whole
+
+
+def example(model: Any, *, seed: int = 0) -> dict[str, Any]:
+    """Inputs for a small model: what it reads, drawn by a seed, two of each.
+
+    Example:
+        >>> example(transformer("vit"))["pixel_values"].shape
+        torch.Size([2, 3, 8, 8])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config, name = model.config, model.main_input_name
+    if name == "input_ids":
+        return {name: torch.randint(3, VOCABULARY, (2, 6), generator=generator)}
+    shape = (
+        (config.num_channels, config.image_size, config.image_size)
+        if name == "pixel_values"
+        else (config.num_mel_bins, 2 * config.max_source_positions)
+    )
+    return {name: torch.randn(2, *shape, generator=generator, dtype=model.dtype)}
 
 
 @contextmanager
