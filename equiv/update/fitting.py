@@ -1,14 +1,16 @@
 """Does an update fit a model? Names, shapes, devices and ties, checked at the door."""
 
 import difflib
+import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from equiv.errors import UpdateError, UpdateMismatchError
-from equiv.update.low_rank import Delta, LowRank
-from equiv.update.ties import same, tied_error
+from equiv.update.entries import Deferred, mapped, norm_at, shape_at, some
+from equiv.update.low_rank import Delta, LowRank, norm_of
+from equiv.update.ties import aliases, same, tied_error
 from equiv.update.update import Update
 
 
@@ -23,26 +25,37 @@ def fitted(update: Update, model: nn.Module) -> Update:
             the modules that share a weight; whole weights instead of differences.
     """
     own = dict(model.named_parameters())
-    aliases = _aliases(model, own)
-    modules = dict(model.named_modules())
+    names = aliases(model)
     every = model.named_parameters(remove_duplicate=False)
-    uses = Counter(aliases[name] for name, _ in every)
-    deltas: dict[str, Delta] = {}
-    for name, delta in update.deltas.items():
-        canonical = aliases.get(name)
-        if canonical is None:
-            raise UpdateMismatchError(_unknown(name, model, aliases))
-        if isinstance(delta, LowRank):
-            if uses[canonical] > 1:  # it adds to one module, the weight to all
-                raise tied_error(name.rpartition(".")[0])
-            delta = delta.oriented(modules.get(name.rpartition(".")[0]))
-        _check_shape(name, delta, own[canonical])
-        if canonical in deltas and not same(deltas[canonical], delta):
+    uses = Counter(names[name] for name, _ in every)
+    kept: dict[str, str] = {}  # the model's name → the update's
+    for name in update.deltas:
+        if (canonical := names.get(name)) is None:
+            raise UpdateMismatchError(_unknown(name, model, names))
+        if canonical in kept and not same(
+            update.deltas[kept[canonical]], update.deltas[name]
+        ):
             raise UpdateError(
                 f"`{name}` and `{canonical}` are one tied weight, but the update gives "
                 "them two different values. Give one of them."
             )
-        deltas[canonical] = delta if isinstance(delta, LowRank) else delta.detach()
+        kept.setdefault(canonical, name)
+    modules = dict(model.named_modules())
+
+    def fit(name: str, delta: Delta) -> Delta:
+        module = kept[name].rpartition(".")[0]
+        if isinstance(delta, LowRank):
+            if uses[name] > 1:  # it adds to one module, the weight to all
+                raise tied_error(module)
+            delta = delta.oriented(modules.get(module))
+        else:
+            delta = delta.detach()
+        _check_fits(kept[name], delta, own[name])
+        return delta
+
+    for name in kept:
+        _check_size(kept[name], shape_at(update.deltas, kept[name]), own[name])
+    deltas = mapped(some(update.deltas, kept), fit)
     _check_differences(deltas, own)
     return Update(deltas, {}, update.source)
 
@@ -52,36 +65,32 @@ def fitted(update: Update, model: nn.Module) -> Update:
 _LOOKS_LIKE_WEIGHTS = 0.3
 
 
-def _check_differences(deltas: dict[str, Delta], own: dict[str, nn.Parameter]) -> None:
+def _check_differences(
+    deltas: Mapping[str, Delta], own: Mapping[str, nn.Parameter]
+) -> None:
     """Refuse whole weights: their distance to the model's own is a small share."""
-    apart = whole = 0.0
+    if not isinstance(deltas, Deferred) and any(
+        isinstance(delta, LowRank) for delta in deltas.values()
+    ):
+        return
+    size = math.hypot(*(norm_at(deltas, name) for name in deltas))
+    whole = math.hypot(*(norm_of(own[name].detach()) for name in deltas))
+    if not whole or abs(size - whole) > _LOOKS_LIKE_WEIGHTS * whole:
+        return  # no two things of such different lengths are near to each other
+    square = 0.0
     for name, delta in deltas.items():
         if isinstance(delta, LowRank):
             return
         weight = own[name].detach().double()
-        apart += float((delta.to(weight) - weight).square().sum())
-        whole += float(weight.square().sum())
-    if whole and apart <= _LOOKS_LIKE_WEIGHTS**2 * whole:
+        square += float((delta.to(weight) - weight).square().sum())
+    apart = math.sqrt(square) / whole
+    if apart <= _LOOKS_LIKE_WEIGHTS:
         raise UpdateError(
             "The entries of the update look like the weights themselves, not like "
-            f"differences: they are {(apart / whole) ** 0.5:.0%} away from the model's "
-            "own. Pass the tuned model or its folder, or "
+            f"differences: they are {apart:.0%} away from the model's own. Pass the "
+            "tuned model or its folder, or "
             "`equiv.Update.from_state_dicts(base, tuned)`."
         )
-
-
-def _aliases(model: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, str]:
-    """Every name a parameter goes by → the name in `named_parameters()`."""
-    canonical = {id(parameter): name for name, parameter in own.items()}
-    found = {
-        name: canonical[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    for name, first in list(found.items()):
-        for inner in (".base_layer.", ".original_module."):
-            if inner in name:
-                found.setdefault(name.replace(inner, "."), first)
-    return found
 
 
 def _unknown(name: str, model: nn.Module, known: Collection[str]) -> str:
@@ -105,12 +114,19 @@ def _unknown(name: str, model: nn.Module, known: Collection[str]) -> str:
     )
 
 
-def _check_shape(name: str, delta: Delta, parameter: Tensor) -> None:
-    if tuple(delta.shape) != tuple(parameter.shape):
+def _check_size(
+    name: str, shape: tuple[int, ...], parameter: Tensor, *, turned: bool = True
+) -> None:
+    """Refuse another shape; factors from a file may still be turned round."""
+    expected = tuple(parameter.shape)
+    if shape != expected and not (turned and shape == expected[::-1]):
         raise UpdateMismatchError(
-            f"The update has `{name}` of shape {tuple(delta.shape)}; the model expects "
-            f"{tuple(parameter.shape)}."
+            f"The update has `{name}` of shape {shape}; the model expects {expected}."
         )
+
+
+def _check_fits(name: str, delta: Delta, parameter: Tensor) -> None:
+    _check_size(name, tuple(delta.shape), parameter, turned=False)
     device = delta.left.device if isinstance(delta, LowRank) else delta.device
     if device.type != parameter.device.type:
         raise UpdateMismatchError(

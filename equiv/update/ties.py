@@ -42,6 +42,21 @@ def shared_names(model: nn.Module) -> list[list[str]]:
     return [list(found) for found in names.values() if len(found) > 1]
 
 
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Every name a parameter goes by → the name in `named_parameters()`.
+
+    Names from before PEFT wrapped the model's layers are among them.
+    """
+    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        name: canonical[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for name, first in list(found.items()):
+        found.setdefault(clean(name), first)
+    return found
+
+
 def same(first: Delta, second: Delta) -> bool:
     """Whether two differences are equal, entry by entry, up to a float64's rounding."""
     a, b = (

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from equiv.arguments import as_integers, as_number, as_seed
-from equiv.errors import UpdateError, UpdateMismatchError
+from equiv.errors import UpdateError
+from equiv.update.differences import check_buffers, differences
+from equiv.update.entries import check_delta, mapped, norm_at, some
 from equiv.update.low_rank import Delta, LowRank, norm_of
+from equiv.update.sums import added
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,8 +32,8 @@ class Update:
 
     Example:
         >>> update = Update.from_dict({"weight": torch.tensor([[3.0, 4.0]])})
-        >>> update.norm(), update.scaled(0.5).norm()
-        (5.0, 2.5)
+        >>> update.norm(), (0.5 * update).norm(), (update - update).norm()
+        (5.0, 2.5, 0.0)
     """
 
     deltas: Mapping[str, Delta]
@@ -61,7 +64,7 @@ class Update:
                 "The update is empty: expected at least one parameter name → tensor."
             )
         for name, delta in deltas.items():
-            _check_delta(name, delta)
+            check_delta(name, delta)
         return cls(dict(deltas), {}, source)
 
     @classmethod
@@ -78,35 +81,8 @@ class Update:
             UpdateMismatchError: If the two have different names or shapes.
             UpdateError: If they are equal everywhere.
         """
-        if missing := sorted(base.keys() ^ tuned.keys()):
-            side = "tuned" if missing[0] in base else "base"
-            raise UpdateMismatchError(
-                f"Expected the same parameters on both sides, but {len(missing)} are "
-                f"on one side only: `{missing[0]}` is missing from {side}."
-            )
-        deltas: dict[str, Delta] = {}
-        norms: dict[str, float] = {}
-        for name, weight in base.items():
-            other = tuned[name]
-            if weight.shape != other.shape:
-                raise UpdateMismatchError(
-                    f"`{name}` has shape {tuple(weight.shape)} in base and "
-                    f"{tuple(other.shape)} in tuned. Resized embeddings cannot be "
-                    "compared: resize the base in the same way first."
-                )
-            if not weight.is_floating_point() or torch.equal(weight, other):
-                continue
-            difference = other.detach().double() - weight.detach().double().to(
-                other.device
-            )
-            deltas[name] = difference
-            norms[name] = norm_of(weight.detach())
-        if not deltas:
-            raise UpdateError(
-                "The update is empty: base and tuned are equal everywhere."
-            )
-        update = cls.from_dict(deltas, source=source)
-        return cls(update.deltas, norms, source)
+        deltas, norms = differences(base, tuned)
+        return cls(deltas, norms, source)
 
     @classmethod
     def between(cls, base: nn.Module, tuned: nn.Module) -> "Update":
@@ -130,7 +106,7 @@ class Update:
                 "Base and tuned are the same object, so their difference is zero. Pass "
                 "a copy made before training (`copy.deepcopy(model)`)."
             )
-        _check_buffers(base, tuned)
+        check_buffers(base, tuned)
         return cls.from_state_dicts(
             dict(base.named_parameters()),
             dict(tuned.named_parameters()),
@@ -198,17 +174,58 @@ class Update:
         return cls(cls.from_dict(deltas).deltas, norms, source)
 
     def scaled(self, t: float) -> "Update":
-        """T times the update.
+        """T times the update, in float64.
 
         Raises:
             ArgumentError: If t is no finite number.
         """
         t = as_number("t", t)
-        deltas = {
-            name: delta.scaled(t) if isinstance(delta, LowRank) else delta * t
-            for name, delta in self.deltas.items()
-        }
-        return Update(deltas, self.base_norms, f"{t:g} × {self.source}")
+
+        def change(_: str, delta: Delta) -> Delta:
+            return delta.scaled(t) if isinstance(delta, LowRank) else delta.double() * t
+
+        deltas = mapped(self.deltas, change, abs(t))
+        return Update(deltas, self.base_norms, f"{t:g} × {self._operand()}")
+
+    def __mul__(self, t: float) -> "Update":
+        """`update * t`; see `scaled`."""
+        return self.scaled(t)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Update":
+        """What undoes the update."""
+        return replace(self.scaled(-1), source=f"−{self._operand()}")
+
+    def __add__(self, other: "Update") -> "Update":
+        """Both updates at once; factors stay factors, side by side.
+
+        An entry that one of the two lacks is zero there.
+
+        Raises:
+            UpdateMismatchError: If they belong to different models.
+            UpdateError: If factors from a folder lie on a square weight and the other
+                does not say which way round it is.
+        """
+        if not isinstance(other, Update):
+            return NotImplemented
+        return self._with(other, f"{self.source} + {other.source}")
+
+    def __sub__(self, other: "Update") -> "Update":
+        """This update without the other; see `+`."""
+        if not isinstance(other, Update):
+            return NotImplemented
+        source = f"{self.source} − {other._operand()}"
+        return self._with(other.scaled(-1), source)
+
+    def _with(self, other: "Update", source: str) -> "Update":
+        norms = {**other.base_norms, **self.base_norms}
+        return Update(added(self.deltas, other.deltas), norms, source)
+
+    def _operand(self) -> str:
+        """The source, in brackets where it is a sum."""
+        is_sum = " + " in self.source or " − " in self.source
+        return f"({self.source})" if is_sum else self.source
 
     def restricted(
         self,
@@ -226,28 +243,25 @@ class Update:
             UpdateError: If nothing is left.
             ArgumentError: If `layers` are no integers.
         """
-        kept = dict(self.deltas)
+        kept = list(self.deltas)
         if layers is not None:
             wanted = set(as_integers("layers", layers))
-            kept = {n: d for n, d in kept.items() if _layer_of(n) in wanted}
+            kept = [name for name in kept if layer_of(name) in wanted]
         if names is not None:
             patterns = [names] if isinstance(names, str) else list(names)
-            kept = {
-                n: d
-                for n, d in kept.items()
-                if any(fnmatchcase(n, p) for p in patterns)
-            }
+            kept = [n for n in kept if any(fnmatchcase(n, p) for p in patterns)]
         if not kept:
             raise UpdateError(
                 f"Nothing of the update is left: no parameter among {len(self.deltas)} "
                 f"is in layers={layers!r}, names={names!r}."
             )
         norms = {name: norm for name, norm in self.base_norms.items() if name in kept}
-        return Update(kept, norms, f"part of {self.source}")
+        deltas = some(self.deltas, {name: name for name in kept})
+        return Update(deltas, norms, f"part of {self._operand()}")
 
     def norm(self) -> float:
         """Frobenius norm over all entries."""
-        return math.sqrt(sum(norm_of(delta) ** 2 for delta in self.deltas.values()))
+        return math.sqrt(sum(norm_at(self.deltas, n) ** 2 for n in self.deltas))
 
     def relative_norm(self, model: nn.Module | None = None) -> float:
         """Norm relative to that of the parameters it touches.
@@ -268,62 +282,6 @@ class Update:
         return self.norm() / base if base else math.inf
 
 
-def _check_buffers(base: nn.Module, tuned: nn.Module) -> None:
-    """Refuse models whose stored buffers (running means, say) differ."""
-    mine, theirs = (_stored_buffers(model) for model in (base, tuned))
-    for name in mine.keys() & theirs.keys():
-        a, b = mine[name], theirs[name]
-        rounding = max(torch.finfo(x.dtype).eps for x in (a, b))
-        same = a.shape == b.shape and torch.allclose(
-            a.double(), b.double().to(a.device), rtol=rounding, atol=0, equal_nan=True
-        )
-        if not same:
-            raise UpdateMismatchError(
-                f"`{name}` differs between base and tuned, but it is a buffer: it has "
-                "no derivative here, and without it the tuned model would be another "
-                "one. Copy the base's buffers into the tuned model, or tune with its "
-                "norms in eval mode."
-            )
-
-
-def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {
-        name: value
-        for name, value in model.state_dict().items()
-        if name not in parameters and value.is_floating_point()
-    }
-
-
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """The block's index in a parameter's name: the first number between two dots."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _check_delta(name: str, delta: object) -> None:
-    if not isinstance(name, str):
-        raise UpdateError(f"Expected parameter names as keys, got {name!r}.")
-    parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta,)
-    for part in parts:
-        if not isinstance(part, Tensor):
-            raise UpdateError(
-                f"Expected a tensor for `{name}`, got {type(part).__name__}."
-            )
-        if part.layout != torch.strided:
-            raise UpdateError(
-                f"Expected a dense tensor for `{name}`, got layout {part.layout}: call "
-                "`.to_dense()`."
-            )
-        if not part.is_floating_point():
-            raise UpdateError(
-                f"Expected a floating dtype for `{name}`, got {part.dtype}."
-            )
-        if part.is_meta:
-            raise UpdateError(
-                f"`{name}` of the update is on the meta device: no values."
-            )
-        if not bool(torch.isfinite(part).all()):
-            count = int((~torch.isfinite(part)).sum())
-            raise UpdateError(
-                f"`{name}` of the update has {count} NaN or infinite entries. Expected "
-                "finite numbers: did the fine-tuning diverge?"
-            )
