@@ -85,13 +85,26 @@ class Row:
 
 
 class Family:
-    """One family's small model, its update and its inputs."""
+    """One family's small model, its update and its inputs.
 
-    def __init__(self, family: str, seed: int = 0, **config: Any) -> None:
+    Args:
+        family: One of `EVERY_FAMILY`.
+        seed: Draws the weights, the update and the inputs.
+        relative_norm: Of the update, to the weights.
+        **config: Settings of the model's configuration class.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        seed: int = 0,
+        relative_norm: float = RELATIVE_NORM,
+        **config: Any,
+    ) -> None:
         self.family, self.places = family, PLACES[family]
         self.model = transformer(family, seed=seed, **config)
         self.call = example(self.model, seed=seed)
-        drawn = equiv.Update.random(self.model, RELATIVE_NORM, seed=seed)
+        drawn = equiv.Update.random(self.model, relative_norm, seed=seed)
         self.deltas = {
             name: delta if isinstance(delta, Tensor) else delta.dense()
             for name, delta in drawn.deltas.items()
@@ -168,7 +181,8 @@ class Family:
         """How far a vector at each site is from where it should be, in the stream."""
         base, layer = self.at(0.0), 1
         for site in self.blocks.sites_of(layer):
-            width = base[layer, site].shape[-1] if (layer, site) in base else 16
+            known = (layer, site) if (layer, site) in base else (layer, "block_out")
+            width = base[known].shape[-1]
             v = torch.randn(width, generator=torch.Generator().manual_seed(1)).double()
             with equiv.steer(self.model, {(layer, site): Vector(v)}):
                 found = self.at(0.0)
@@ -209,7 +223,9 @@ class Family:
         """Whether steering with a cache gives the tokens it gives without."""
         if not self.model.can_generate():
             return None
-        v = Vector(3 * torch.randn(16, generator=torch.Generator().manual_seed(2)))
+        width = self.model.get_input_embeddings().embedding_dim
+        drawn = torch.randn(width, generator=torch.Generator().manual_seed(2))
+        v = Vector(3 * drawn)
         call = {**self.call, "max_new_tokens": 5, "do_sample": False}
         call["attention_mask"] = torch.ones_like(call["input_ids"])
         with equiv.steer(self.model, {(0, "block_out"): v}):
