@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from equiv.errors import FileFormatError, UpdateError
 from equiv.update.lora import bias_of, factors, is_plain, moves_base, scaling_of
-from equiv.update.low_rank import Delta
+from equiv.update.low_rank import Delta, LowRank
 from equiv.update.merging import base_differences, from_model
 from equiv.update.peft_names import clean
+from equiv.update.shards import open_file
 from equiv.update.update import Update
 
 # `lora_A.weight` of a layer; `lora_embedding_A` of an embedding.
@@ -46,7 +47,7 @@ def from_directory(path: str | Path, model: nn.Module | None = None) -> Update:
     """
     folder = Path(path)
     config = read_config(folder)
-    weights = read_safetensors(folder / "adapter_model.safetensors")
+    weights = dict(open_file(folder / "adapter_model.safetensors"))
     if not is_plain(config):
         return _through_peft(folder, config, model)
     deltas = _plain(folder, config, weights, model)
@@ -86,7 +87,18 @@ def _plain(
             if kind
             else factors(down, up, scaling, as_linear=True)
         )
-    return deltas
+    return deltas if model is None else _oriented(deltas, model)
+
+
+def _oriented(deltas: dict[str, Delta], model: nn.Module) -> dict[str, Delta]:
+    """Factors in the direction of the base's own weights."""
+    modules = {clean(name): module for name, module in model.named_modules()}
+    found = dict(deltas)
+    for name, delta in deltas.items():
+        module = modules.get(name.rpartition(".")[0])
+        if isinstance(delta, LowRank) and module is not None:
+            found[name] = delta.oriented(getattr(module, "base_layer", module))
+    return found
 
 
 def _is_copy(name: str, stored: Tensor, own: Mapping[str, Tensor]) -> bool:
@@ -144,28 +156,6 @@ def _through_peft(
         raise _not_the_bases(folder, next(iter(apart)))
     found = from_model(adapted, model)
     return Update(found.deltas, {}, f"{found.source} {folder.name}")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of one safetensors file.
-
-    Raises:
-        FileFormatError: If the file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileFormatError(
-            f"Expected {path}, which does not exist. Only safetensors are read: "
-            "loading a file must never run code."
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise FileFormatError(
-            f"{path} is not a whole safetensors file: {error}"
-        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

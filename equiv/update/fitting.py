@@ -50,6 +50,8 @@ def fitted(update: Update, model: nn.Module) -> Update:
             delta = delta.oriented(modules.get(module))
         else:
             delta = delta.detach()
+            if isinstance(update.deltas, Deferred):  # files do not say where it goes
+                delta = delta.to(own[name].device)
         _check_fits(kept[name], delta, own[name])
         return delta
 

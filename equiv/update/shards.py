@@ -61,6 +61,8 @@ def open_file(path: Path) -> Shards:
 
     if path.suffix in _PICKLES:
         raise FileFormatError(f"{path} is a pickle. {how_to_convert(path.parent)}")
+    if (pickled := path.with_suffix(".bin")).is_file() and not path.is_file():
+        raise FileFormatError(f"{pickled} is a pickle. {how_to_convert(path.parent)}")
     if not path.is_file():
         raise FileFormatError(
             f"Expected {path}, which does not exist. Only safetensors are read: "

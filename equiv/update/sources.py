@@ -9,7 +9,8 @@ from torch import nn
 from equiv.errors import FileFormatError, UpdateError
 from equiv.model.guard import check_finite
 from equiv.model.loading import hub_file, is_local, load_model
-from equiv.update.adapter_files import from_directory, read_safetensors
+from equiv.update.adapter_files import from_directory
+from equiv.update.checkpoints import from_file, from_folder
 from equiv.update.fitting import fitted
 from equiv.update.merging import from_model
 from equiv.update.peft_names import base_of, is_peft
@@ -67,16 +68,13 @@ def _from_peft_model(model: nn.Module, adapted: nn.Module) -> Update:
 def _load(model: nn.Module, name: str) -> Any:
     path = Path(name)
     if path.is_file():
-        return Update.from_dict(read_safetensors(path), source=path.name)
+        if path.name.startswith("adapter_model."):
+            return from_directory(path.parent, model)
+        return from_file(path)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             return from_directory(path, model)
-        if (path / "config.json").is_file():
-            return _load_model(model, name)
-        raise FileFormatError(
-            f"Expected a model or adapter in {path}: found neither config.json nor "
-            "adapter_config.json."
-        )
+        return from_folder(model, path)
     if is_local(name):
         raise FileFormatError(f"{path} does not exist.")
     if (config := hub_file(name, "adapter_config.json")) is not None:

@@ -85,22 +85,37 @@ class Update:
         return cls(deltas, norms, source)
 
     @classmethod
-    def between(cls, base: nn.Module, tuned: nn.Module) -> "Update":
-        """Tuned − base for two models of one architecture.
+    def between(
+        cls, base: "nn.Module | str | Path", tuned: "nn.Module | str | Path"
+    ) -> "Update":
+        """Tuned − base: two models of one architecture, or their folders.
+
+        Folders hold safetensors, in one file or in shards; of a training run any
+        `checkpoint-…` folder. They are read one weight at a time, once now and again
+        whenever an entry is looked at, so leave them, and a model that is compared
+        with one, as they are while the update is in use. The update of two folders has
+        the names that their files have.
 
         Raises:
             UpdateMismatchError: If their parameters differ in name or shape, or their
                 buffers in value.
             UpdateError: If one is no model, they are one and the same, or equal
                 everywhere.
+            FileFormatError: If a folder holds no weights in safetensors.
         """
-        for name, model in (("base", base), ("tuned", tuned)):
-            if not isinstance(model, nn.Module):
-                raise UpdateError(
-                    f"Expected `{name}` to be a `torch.nn.Module`, got "
-                    f"{type(model).__name__}. For state dicts there is "
-                    "`Update.from_state_dicts`."
-                )
+        from equiv.update.checkpoints import between_folders, from_folder
+
+        for name, side in (("base", base), ("tuned", tuned)):
+            _check_side(name, side)
+        if isinstance(tuned, (str, Path)):
+            if isinstance(base, nn.Module):
+                return from_folder(base, Path(tuned))
+            return between_folders(Path(base), Path(tuned))
+        if not isinstance(base, nn.Module):
+            raise UpdateError(
+                f"Got the folder {base} and a tuned model in memory. Pass two folders, "
+                "two models, or a base model and a tuned folder."
+            )
         if base is tuned:
             raise UpdateError(
                 "Base and tuned are the same object, so their difference is zero. Pass "
@@ -280,6 +295,21 @@ class Update:
             )
         base = math.sqrt(sum(norms[name] ** 2 for name in self.deltas))
         return self.norm() / base if base else math.inf
+
+
+def _check_side(name: str, side: object) -> None:
+    if isinstance(side, (str, Path)):
+        if not Path(side).is_dir():
+            raise UpdateError(
+                f"Expected `{name}` to be a `torch.nn.Module` or a folder, got the "
+                f"{type(side).__name__} {str(side)!r}, which is no folder."
+            )
+    elif not isinstance(side, nn.Module):
+        raise UpdateError(
+            f"Expected `{name}` to be a `torch.nn.Module` or a folder, got "
+            f"{type(side).__name__}. For state dicts there is "
+            "`Update.from_state_dicts`."
+        )
 
 
 def layer_of(name: str) -> int | None:
