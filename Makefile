@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENV := .venv
 RUN := OMP_NUM_THREADS=1 $(ENV)/bin
 
-.PHONY: demo test sweep format clean
+.PHONY: demo test proofs sweep format clean
 
 demo: $(ENV)/installed
 	$(RUN)/equiv demo --html demo.html --json demo.json
@@ -13,6 +13,11 @@ test: $(ENV)/installed
 	$(RUN)/ruff check .
 	$(RUN)/pyright --pythonpath $(ENV)/bin/python
 	$(RUN)/python -m pytest -n 2
+
+# Coq proves what proofs/README.md lists; needs Python and Coq, not the environment.
+proofs:
+	bash proofs/install.sh
+	$(PYTHON) proofs/check.py --coq
 
 # The property tests with fifty times as many examples: about an hour.
 sweep: $(ENV)/installed
