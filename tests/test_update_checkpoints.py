@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import equiv
 from equiv.testing.models import transformer
 from equiv.update.entries import Deferred
-from equiv.update.shards import open_folder
+from equiv.update.shards import Shards, open_folder
 from equiv.update.sources import resolve
 
 
@@ -327,3 +328,44 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
         save_file(packed, tmp_path / name / "model.safetensors")
     with pytest.raises(equiv.UpdateError, match="quantised weights"):
         equiv.Update.between(tmp_path / "one", tmp_path / "two")
+
+
+class Alive:
+    """How many of the tensors that a function returned are alive at once, at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def watch(self, owner: Any, name: str, patch: pytest.MonkeyPatch) -> "Alive":
+        original = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            found = original(*args)
+            self.now += 1
+            self.most = max(self.most, self.now)
+            weakref.finalize(found, self._gone)
+            return found
+
+        patch.setattr(owner, name, watched)
+        return self
+
+    def _gone(self) -> None:
+        self.now -= 1
+
+
+def test_one_weight_is_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = transformer("llama", seed=1, num_hidden_layers=6)
+    tuned = tuned_of(base)
+    folders = [
+        saved(m, tmp_path / name, "4KB") for m, name in ((base, "one"), (tuned, "two"))
+    ]
+    read = Alive().watch(Shards, "__getitem__", monkeypatch)
+    update = equiv.Update.between(*folders)
+    assert 2 <= read.most <= 4  # of base and tuned, and the two before them
+    held = Alive().watch(Deferred, "__getitem__", monkeypatch)
+    ids = torch.arange(16).reshape(2, 8)
+    equiv.shifts(base, update, ids, dtype=torch.float64)
+    assert len(update.deltas) == 6 * 9 + 3
+    assert held.most <= 2 * 9  # the tensors of one block, and of the one before
