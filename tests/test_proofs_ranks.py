@@ -4,9 +4,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from theorem_tensors import EXACT, SOLVED, cases, dims, draw, norm2, rank, seeds
+from theorem_tensors import (
+    EXACT,
+    SOLVED,
+    cases,
+    derivative,
+    dims,
+    draw,
+    glu,
+    norm2,
+    rank,
+    seeds,
+)
 from theorem_tensors import float64 as float64
 from torch import Tensor
+from torch.nn.functional import silu
 from torch.testing import assert_close
 
 
@@ -38,6 +50,19 @@ def test_value_shift_collinear(seed: int, d: int, k: int, T: int) -> None:
     pattern = torch.softmax(scores, 0)
     shift = Wo @ (B @ A) @ X @ pattern
     assert_close(shift, (Wo @ B) * (A @ X @ pattern), **EXACT)
+
+
+@pytest.mark.claim(25)
+@cases
+@given(seeds, st.integers(2, 6), st.integers(2, 6))
+def test_rank_one_on_the_gate_is_not_bounded(seed: int, d: int, T: int) -> None:
+    # the same rank-1 update of W_g moves the tokens in as many directions as there are
+    Wg, Wu, Wd, B, A, X = draw(seed, "nd nd dn n1 1d dT", n=8, d=d, T=T)
+
+    def outputs(Wg: Tensor) -> Tensor:
+        return glu(silu, Wg, Wu, Wd, X)
+
+    assert rank(derivative(outputs, (Wg,), (B @ A,))) == min(d, T)
 
 
 @pytest.mark.theorem(
@@ -127,6 +152,16 @@ def test_independent_tokens_fit(seed: int, d: int, o: int, T: int) -> None:
     for read in (X, torch.cat([X, torch.ones(1, T)])):
         misfit = norm2(Y - Y @ torch.linalg.pinv(read) @ read)
         assert (misfit < 1e-12) == (len(read) >= T)
+
+
+@pytest.mark.theorem("least-squares.shares")
+@cases
+@given(seeds, st.integers(1, 6), st.integers(1, 6))
+def test_shares_are_determined(seed: int, N: int, L: int) -> None:
+    S, shares = draw(seed, "NL L", N=N, L=L)
+    found = torch.linalg.pinv(S) @ (S @ shares)
+    # random shifts are independent as far as there is room for them
+    assert torch.allclose(found, shares, **SOLVED) == (L <= N)
 
 
 @pytest.mark.theorem("least-squares.fixed-vector")

@@ -157,3 +157,21 @@ def test_null_updates(seed: int, d: int, n: int, T: int) -> None:
     assert_close(
         head(Wo @ torch.linalg.inv(N), N @ Wv, X, a), head(Wo, Wv, X, a), **SOLVED
     )
+
+
+@pytest.mark.theorem("null.softmax", "null.first-position")
+@cases
+@given(seeds, dims, dims, dims)
+def test_first_position_ignores_scores(seed: int, d: int, k: int, T: int) -> None:
+    X, Wv, Wo, *queries_keys = draw(seed, "dT kd dk kd kd kd kd", d=d, k=k, T=T)
+
+    def attended(Wq: Tensor, Wk: Tensor) -> Tensor:
+        scores = (Wq @ X).T @ (Wk @ X)
+        later = torch.ones(T, T).triu(1).bool()
+        pattern = torch.softmax(scores.masked_fill(later, -torch.inf), 1)
+        return Wo @ (Wv @ X) @ pattern.T
+
+    base, tuned = attended(*queries_keys[:2]), attended(*queries_keys[2:])
+    assert_close(tuned[:, 0], base[:, 0], **EXACT)
+    assert_close(base[:, 0], Wo @ Wv @ X[:, 0], **EXACT)
+    assert T == 1 or not torch.allclose(tuned[:, 1], base[:, 1], rtol=0, atol=1e-9)

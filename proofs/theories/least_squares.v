@@ -13,6 +13,8 @@
       - It is 0 when the columns of X are linearly independent: at most d tokens for a
         linear steer, d + 1 for an affine one (a row of ones added to X), one for a
         fixed vector (X the row of ones).
+      - Linearly independent shifts, the columns of S, determine the shares c with which
+        they were added: S c = S c' only for c = c'.
       - The best fixed vector is the mean of the targets, m, and leaves
         ||Y||^2 - T ||m||^2.
 
@@ -87,6 +89,14 @@ by exists (Y *m pinvmx X); rewrite -mulmxA mulVpmx ?mulmx1.
 Qed.
 
 End LeastSquares.
+
+(** Linearly independent columns of S: the sum S c determines the shares c. *)
+Theorem shares_determined (F : fieldType) N L (S : 'M[F]_(N, L)) (c c' : 'cV_L) :
+  \rank S = L -> S *m c = S *m c' -> c = c'.
+Proof.
+move=> rS E; have full : row_full S by rewrite /row_full rS.
+by rewrite -[c]mul1mx -[c']mul1mx -(mulVpmx full) -!mulmxA E.
+Qed.
 
 Section FixedVector.
 Variables (R : realFieldType) (o T : nat) (Y : 'M[R]_(o, T.+1)).
