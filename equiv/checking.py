@@ -33,6 +33,7 @@ def check(
     max_remainder: float | None = 0.1,
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
+    derivative: str = "forward",
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
@@ -45,8 +46,9 @@ def check(
             `equiv.Update`, a tuned model, a `PeftModel` (also one around this very
             model), or a path or hub id of any of these.
         inputs: `None` (drawn from the seed: good for the calculus only), `"samples"`
-            (sampled from the base and the tuned model), texts with `tokenizer`, a
-            tensor, a mapping of keyword arguments, or an iterable of those.
+            (sampled from the base and the tuned model), texts or conversations with
+            `tokenizer`, a `Path` of a file of them, a `datasets.Dataset`, a tensor, a
+            mapping of keyword arguments, or an iterable of those.
         sites: Where to measure and steer; see `equiv.model.sites`. For a plain module,
             names of submodules. `None` for all.
         layers: Blocks that become rows; `None` for all.
@@ -58,10 +60,14 @@ def check(
             the base, with "midpoint" the midpoint.
         max_remainder: Largest relative remainder at full size for `holds`; `None` asks
             for the order alone.
-        tokenizer: Tokenizer for texts.
+        tokenizer: Tokenizer for texts and conversations.
         dtype: Compute dtype; `None` means order and superposition in float64 on at
             most 256 tokens, the rest in float32 with float64 sums (in float64 where
             the update is so small that float32's rounding would show).
+        derivative: "forward": exact, by forward mode or, where an operation has no
+            rule for it, by two reverse passes. "central": differences of two forwards,
+            for models with an operation that has neither; every row says so, and the
+            error they bring is about 4e-11 of the shift in float64, 2e-5 in float32.
         seed: Draws inputs, the held-out quarter and the bootstrap.
         progress: Whether to show a progress bar.
 
@@ -74,6 +80,7 @@ def check(
         InputsError: If the inputs cannot be fed to the model.
         SiteError: If a layer or site does not exist.
         UnsupportedModelError: If the model cannot be measured.
+        ForwardModeError: If an operation has no derivative, or a wrong one.
 
     Example:
         >>> from equiv import Update
@@ -84,7 +91,9 @@ def check(
         >>> report.holds
         True
     """
-    settings = as_settings(sites, forms, rank, target, at, max_remainder, dtype, seed)
+    settings = as_settings(
+        sites, forms, rank, target, at, max_remainder, dtype, seed, derivative
+    )
     check_model(model)
     update = resolve(model, delta_w)
     blocks = find_blocks(model)

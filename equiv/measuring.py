@@ -18,8 +18,11 @@ from equiv.report.report import Report
 from equiv.report.values import Contributions, Radius, Subject, Superposition
 from equiv.settings import Settings
 from equiv.shift.calculus import Curve, RowKey, Selection, curves
+from equiv.shift.derivative import CENTRAL, NoReverseRuleError
+from equiv.shift.differences import step_of
 from equiv.shift.propagate import propagate
 from equiv.shift.radius import TOLERANCE, Question, radii
+from equiv.shift.silent import check_derivative
 from equiv.shift.stage_update import low_rank_names
 from equiv.shift.superposition import MAX_BLOCKS, superposition
 from equiv.shift.table import Table
@@ -93,6 +96,16 @@ class Measurement:
         settings = self.settings
         few = at_most(self.batches, CALCULUS_TOKENS, settings.seed)
         tokens = sum(batch.tokens for batch in few)
+        if settings.derivative == CENTRAL:
+            size = step_of(self.update, self.model, settings.order_dtype)
+            self.notes.append(
+                f"derivatives by central differences, at t = {size:.1e} in the orders; "
+                "superposition and contributions, which need exact ones, not measured"
+            )
+        else:
+            check_derivative(
+                self.model, self.update, few, settings.order_dtype, self.low
+            )
         with self._staged(few, settings.order_dtype) as cut:
             selection = self._selection(cut)
             found = curves(
@@ -101,12 +114,24 @@ class Measurement:
                 low=self.low,
                 selection=selection,
                 midpoint=settings.midpoint,
+                derivative=settings.derivative,
             )
-            together, parts = None, None
-            if cut.blocks is not None and cut.num_layers <= MAX_BLOCKS:
-                together, parts = superposition(cut, self.update, low=tuple(self.low))
+            together, parts = self._superposition(cut)
         step(self.bar, "orders")
         return Calculus(found, together, parts, tokens)
+
+    def _superposition(
+        self, cut: StagedModel
+    ) -> tuple[Superposition | None, Contributions | None]:
+        if cut.blocks is None or cut.num_layers > MAX_BLOCKS:
+            return None, None
+        if self.settings.derivative == CENTRAL:
+            return None, None
+        try:
+            return superposition(cut, self.update, low=tuple(self.low))
+        except NoReverseRuleError as error:
+            self.notes.append(f"superposition not measured: no reverse rule ({error})")
+            return None, None
 
     def report(self, calculus: Calculus) -> Report:
         """The full pass, and everything put together."""
@@ -149,7 +174,12 @@ class Measurement:
                 contributions=calculus.contributions,
                 notes=tuple(self.notes),
             )
-        return replace(report, spectra=self._spectra(moments, specs, dtype))
+        try:
+            found = self._spectra(moments, specs, dtype)
+        except NoReverseRuleError as error:
+            self.notes.append(f"spectra not measured: no reverse rule ({error})")
+            return replace(report, notes=tuple(self.notes))
+        return replace(report, spectra=found)
 
     def _spectra(
         self, moments: MomentTable, specs: Sequence[Spec], dtype: torch.dtype
@@ -221,6 +251,7 @@ class Measurement:
             low=self.low,
             selection=self._selection(cut),
             midpoint=self.settings.midpoint,
+            derivative=self.settings.derivative,
         )
         step(self.bar, "radii")
         return found
@@ -234,7 +265,14 @@ class Measurement:
     ) -> None:
         points = (BASE, MIDPOINT, TUNED) if self.settings.midpoint else (BASE, TUNED)
         hidden: dict[int, Tensor] = {}
-        passes = propagate(cut, self.update, points, low=self.low, local=points)
+        passes = propagate(
+            cut,
+            self.update,
+            points,
+            low=self.low,
+            local=points,
+            derivative=self.settings.derivative,
+        )
         self.bar.total += len(cut.stages)
         for stage, tensors, traces in self._shown(passes):
             kept = []

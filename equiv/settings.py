@@ -16,6 +16,7 @@ from equiv.arguments import (
 from equiv.errors import SiteError
 from equiv.model.sites import SITES, Site
 from equiv.shift.calculus import Curve, RowKey
+from equiv.shift.derivative import CHOICES
 from equiv.shift.radius import TOLERANCE
 from equiv.steering.fits.chain import TARGETS, Spec
 from equiv.steering.forms.form import FORMS
@@ -35,6 +36,7 @@ class Settings:
     max_remainder: float | None
     dtype: torch.dtype | None
     seed: int
+    derivative: str = "forward"
 
     @property
     def midpoint(self) -> bool:
@@ -73,6 +75,7 @@ def as_settings(
     max_remainder: float | None,
     dtype: torch.dtype | None,
     seed: int,
+    derivative: str = "forward",
 ) -> Settings:
     """Arguments of `equiv.check`, checked.
 
@@ -99,4 +102,5 @@ def as_settings(
         max_remainder,
         None if dtype is None else as_dtype(dtype),
         as_seed(seed),
+        as_choice("derivative", derivative, CHOICES),
     )

@@ -489,21 +489,6 @@ def test_a_remainder_that_comes_back_does_not_hide_the_radius() -> None:
     assert row.radius.value == pytest.approx(0.0385, rel=0.025)
 
 
-def test_an_operation_without_a_derivative_is_named() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(3, 5, batch_first=True)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.lstm(x[:, None])[0][:, 0]
-
-    model, x = Recurrent(), torch.randn(4, 3)
-    update = equiv.Update.random(model, 0.01, seed=0)
-    with pytest.raises(equiv.ForwardModeError, match=r"lstm|mkldnn_rnn_layer"):
-        equiv.check(model, update, x, dtype=torch.float32)
-
-
 def test_dataloaders_and_lists_are_one_batch_split() -> None:
     model = transformer("llama", seed=1)
     update = equiv.Update.random(model, 0.1, seed=2)

@@ -11,7 +11,7 @@ and in reverse, with x̄ the derivative of a scalar by x:
     V̄ = Pᵀ Ō,    S̄ = P (P̄ − rowsum(P P̄)),  P̄ = Ō Vᵀ,    Q̄ = S̄ K/√d,  K̄ = S̄ᵀ Q/√d,  B̄ = S̄
 
 The matrix P, [batch, heads, seq, seq], is made in full. First derivatives only: what
-PyTorch makes of a derivative of these is not the second one.
+PyTorch makes of a derivative of these is not the second one; see `composed.py`.
 """
 
 import math
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from equiv.model.composed import is_composed
 
 
 def attention(
@@ -52,8 +54,25 @@ def attention(
         return one_head[0]
     bias, empty = _bias(query, key, attn_mask, is_causal)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if is_composed():
+        return _composed(query * factor, key, value, bias, empty)
     applied: Any = _Attention.apply(query * factor, key, value, bias, empty)
     return applied[0]
+
+
+def _composed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    empty: Tensor | None,
+) -> Tensor:
+    """The same, of operations that can be differentiated any number of times."""
+    scores = _scores(query, key)
+    shares = torch.softmax(scores if bias is None else scores + bias, -1)
+    if empty is not None:
+        shares = shares.masked_fill(empty, 0.0)
+    return _mixed(shares, value)
 
 
 def _bias(

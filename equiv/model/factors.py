@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from equiv.model.composed import is_composed
+
 # Weight name → (left, right) with ΔW = left @ right in the shape of the weight.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -59,6 +61,8 @@ def forward_with_factors(
         weight, down, up = own.weight.T, left, right
     else:
         weight, down, up = own.weight, right.T, left.T
+    if is_composed():
+        return lambda x: linear(x, weight, own.bias) + t * (x @ down @ up)
     return lambda x: _apply(x, weight, own.bias, down, up, t, at)
 
 

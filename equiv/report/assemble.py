@@ -48,7 +48,7 @@ def rows(
                 scope=key[2],
                 tokens=sums.tokens,
                 dtype=_name(dtype),
-                derivative="jvp",
+                derivative=sums.derivative,
                 norm_base=sums.base.norm,
                 norm_exact=sums.first.exact**0.5,
                 norm_first_order=sums.first.claimed**0.5,

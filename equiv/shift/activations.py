@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from equiv.arguments import as_dtype, as_layers, as_names, shown
+from equiv.arguments import as_choice, as_dtype, as_layers, as_names, shown
 from equiv.errors import SiteError
 from equiv.model.batches import Batch
 from equiv.model.families import find_blocks
@@ -15,7 +15,9 @@ from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
 from equiv.model.sites import FLOW, SITES, SiteKey, as_site_key
 from equiv.model.stages import prepared
+from equiv.shift.derivative import CENTRAL, CHOICES, JVP
 from equiv.shift.propagate import propagate
+from equiv.shift.silent import check_derivative
 from equiv.shift.stage_update import low_rank_names
 from equiv.shift.traces import BASE, MIDPOINT, TUNED, Trace
 from equiv.update.sources import resolve
@@ -40,6 +42,9 @@ class Shift:
         local_exact: Shift of this block's update alone, its input held at the base.
         local_first_order: Its derivative at the base.
         mask: Tokens that count, bool [batch, seq].
+        derivative: How the derivatives were had: "jvp", "double backward" (the same
+            by two reverse passes, where an operation has no forward rule) or
+            "central" (differences, asked for).
     """
 
     layer: int
@@ -51,6 +56,7 @@ class Shift:
     local_exact: Tensor
     local_first_order: Tensor
     mask: Tensor
+    derivative: str = JVP
 
 
 class Shifts:
@@ -69,7 +75,9 @@ class Shifts:
         dtype: torch.dtype,
         sites: tuple[str, ...] | None,
         layers: tuple[int, ...],
+        derivative: str = "forward",
     ) -> None:
+        self._derivative, self._checked = derivative, derivative == CENTRAL
         self._model, self._update, self._batches = model, update, batches
         self._dtype, self._sites, self._layers = dtype, sites, layers
 
@@ -102,12 +110,26 @@ class Shifts:
         """Every selected shift, from the first layer to the last."""
         yield from self._stream(None)
 
+    def _check(self, low: Sequence[str]) -> None:
+        """Once: that the derivative is that of what the model computes."""
+        if not self._checked:
+            check_derivative(self._model, self._update, self._batches, self._dtype, low)
+            self._checked = True
+
     def _stream(self, only: int | None) -> Iterator[Shift]:
         model, low = self._model, low_rank_names(self._model, self._update)
         with measured(model):
+            self._check(low)
             cut = prepared(model, self._batches, self._dtype, self._sites)
         points = (BASE, MIDPOINT, TUNED)
-        passes = propagate(cut, self._update, points, low=low, local=(BASE, TUNED))
+        passes = propagate(
+            cut,
+            self._update,
+            points,
+            low=low,
+            local=(BASE, TUNED),
+            derivative=self._derivative,
+        )
         for _ in cut.stages:
             # The model is put back before each shift is handed out: what the caller
             # does between two shifts, with this model too, is not ours.
@@ -132,6 +154,7 @@ def shifts(
     layers: Iterable[SupportsIndex] | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
+    derivative: str = "forward",
 ) -> Shifts:
     """The shifts that an update induces, as tensors.
 
@@ -143,6 +166,8 @@ def shifts(
         layers: Layers wanted; `None` for all.
         tokenizer: Tokenizer for texts.
         dtype: Compute dtype, torch.float32 or torch.float64.
+        derivative: "forward" (exact), or "central" for differences, as in
+            `equiv.check`.
 
     Returns:
         A mapping from (layer, site), computed when asked for.
@@ -160,7 +185,7 @@ def shifts(
         True
     """
     check_model(model)
-    dtype = as_dtype(dtype)
+    dtype, derivative = as_dtype(dtype), as_choice("derivative", derivative, CHOICES)
     chosen = None if sites is None else as_names("sites", sites, SITES)
     update = resolve(model, delta_w)
     blocks = find_blocks(model)
@@ -173,7 +198,7 @@ def shifts(
     if unknown := [s for s in chosen or () if blocks is not None and s not in FLOW]:
         raise SiteError(f"Expected sites in {', '.join(FLOW)}, got {unknown}.")
     batches = from_inputs(model, inputs, tokenizer, keep_empty=True)
-    return Shifts(model, update, batches, dtype, chosen, picked)
+    return Shifts(model, update, batches, dtype, chosen, picked, derivative)
 
 
 def _gather(
@@ -197,7 +222,8 @@ def _gather(
             parts.setdefault(name, []).append(value)
     index = torch.tensor([n for trace in traces for n in batches[trace.batch].index])
     order = index.argsort()
-    return Shift(layer, site, **{n: _joined(p)[order] for n, p in parts.items()})
+    joined = {name: _joined(part)[order] for name, part in parts.items()}
+    return Shift(layer, site, **joined, derivative=traces[0].derivative)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from equiv.model.sites import Sites
 from equiv.model.stages import Stage, StagedModel
+from equiv.shift.derivative import CENTRAL
+from equiv.shift.differences import step_of
 from equiv.shift.measures import Square, counted
 from equiv.shift.propagate import propagate
 from equiv.shift.results import Order, Scope, TaylorPoint
@@ -46,6 +48,7 @@ class Curve:
     remainder: dict[float, Square] = field(default_factory=dict)
     remainder_midpoint: dict[float, Square] = field(default_factory=dict)
     tokens: int = 0
+    step: float | None = None  # of the differences that stand for derivatives, if any
 
     def points(self) -> tuple[TaylorPoint, ...]:
         """Remainders, coarsest scale first."""
@@ -62,6 +65,13 @@ class Curve:
         )
 
     def floor(self, dtype: torch.dtype) -> float:
+        """What a remainder cannot be told from: rounding, or a difference's error."""
+        noise = self.rounding(dtype)
+        if self.step is None:
+            return noise
+        return noise + noise / (2 * self.step) + self.step**2 / 6 * self.third.norm
+
+    def rounding(self, dtype: torch.dtype) -> float:
         """Rounding noise in a difference of two activations."""
         return max(self.noise.norm, torch.finfo(dtype).eps * self.base.norm)
 
@@ -78,7 +88,7 @@ class Curve:
         times the one measured here in float64. At the radius t it has to lie well
         below τ t ‖f′‖, unless there is no shift to be seen even in float64.
         """
-        noise = self.floor(torch.float64)
+        noise = self.rounding(torch.float64)
         if self.first.norm <= ABOVE_NOISE * noise:
             return False
         reach = min(1.0, self.predicted_radius(tolerance) or 1.0)
@@ -133,15 +143,20 @@ def curves(
     selection: Selection,
     midpoint: bool = True,
     scales: Sequence[float] = SCALES,
+    derivative: str = "forward",
 ) -> dict[RowKey, Curve]:
     """Taylor curves at every selected layer and site, propagated and local."""
     points = taylor_points(scales, midpoint)
+    step = step_of(update, cut.model, cut.dtype) if derivative == CENTRAL else None
     found: dict[RowKey, Curve] = {}
-    for _, _, traces in propagate(cut, update, points, low=low, local=points):
+    passes = propagate(
+        cut, update, points, low=low, local=points, derivative=derivative
+    )
+    for _, _, traces in passes:
         for trace in traces:
             mask = cut.batches[trace.batch].mask
             for key, values, tangents in scopes(trace, selection):
-                curve = found.setdefault(key, Curve())
+                curve = found.setdefault(key, Curve(step=step))
                 _add(curve, key[1], values, tangents, mask, scales, midpoint)
     return found
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from equiv.model.sites import Sites
 from equiv.model.stages import Stage, StagedModel
+from equiv.shift.derivative import pullback
 from equiv.shift.output_metric import metric_of
 from equiv.shift.propagate import propagate
 from equiv.shift.traces import TUNED, Point
@@ -112,7 +112,7 @@ class Probing:
         def run(x: Tensor, own: dict[str, Tensor]) -> Tensor:
             return cut.run(head, {**tensors, **own}, x, batch)[0]
 
-        pull = vjp(run, hidden, noted)[1]
+        pull = pullback(run, hidden, noted)
         metric = metric_of(cut, output, batch)
         pulled = []
         for _ in range(self.count):
@@ -138,7 +138,7 @@ class Probing:
             steer = {site: _always(value) for site, value in added.items()}
             return self.cut.run(stage, tensors, x, batch, steer=steer)[0]
 
-        pull = vjp(run, passed.hidden, none)[1]
+        pull = pullback(run, passed.hidden, none)
         both = [pull(weight) for weight in weights]
         return [below for below, _ in both], [felt for _, felt in both]
 

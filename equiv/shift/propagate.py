@@ -21,20 +21,28 @@ The head runs at a scale only when that scale is asked for: logits are as wide a
 vocabulary, and those of all points at once would not fit into memory.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TypeVar
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
-from equiv.errors import ForwardModeError
 from equiv.model.factors import UnusedFactorsError
 from equiv.model.sites import Sites
 from equiv.model.stages import Stage, StagedModel
+from equiv.shift.blame import blamed, hidden, refusal
+from equiv.shift.derivative import (
+    CENTRAL,
+    DOUBLE_BACKWARD,
+    JVP,
+    NoForwardRuleError,
+    NoReverseRuleError,
+    forward,
+    twice_backward,
+)
+from equiv.shift.differences import differenced, step_of, with_neighbours
 from equiv.shift.stage_update import StageUpdate
 from equiv.shift.traces import BASE, MIDPOINT, TUNED, OnDemand, Point, Trace
 from equiv.update.update import Update
@@ -50,6 +58,7 @@ class _Stream:
     hidden: dict[float, Tensor] = field(default_factory=dict)
     tangent: dict[float, Tensor] = field(default_factory=dict)
     moved: bool = False
+    derivative: str = JVP
 
 
 def propagate(
@@ -59,6 +68,7 @@ def propagate(
     *,
     low: Sequence[str] = (),
     local: Sequence[Point] = (),
+    derivative: str = "forward",
 ) -> Iterator[tuple[Stage, dict[str, Tensor], Iterator[Trace]]]:
     """Stream (stage, its tensors, one `Trace` per batch) from bottom to top.
 
@@ -68,12 +78,30 @@ def propagate(
         points: The scales wanted, propagated; 0 is always run.
         low: Names whose low-rank factors are applied beside the weight.
         local: The scales wanted, local.
+        derivative: "forward", or "central" for differences: see `differences.py`.
 
     The traces of a stage must be used up before the next stage is asked for.
 
     Raises:
-        ForwardModeError: If an operation of the model has no forward-mode derivative.
+        ForwardModeError: If an operation of the model has no derivative.
     """
+    if derivative != CENTRAL:
+        yield from _passes(cut, update, points, low, local)
+        return
+    step = step_of(update, cut.model, cut.dtype)
+    near, near_local = with_neighbours(points, step), with_neighbours(local, step)
+    for stage, tensors, traces in _passes(cut, update, near, low, near_local):
+        found = (differenced(trace, points, local, step) for trace in traces)
+        yield stage, tensors, found
+
+
+def _passes(
+    cut: StagedModel,
+    update: Update,
+    points: Sequence[Point],
+    low: Sequence[str],
+    local: Sequence[Point],
+) -> Iterator[tuple[Stage, dict[str, Tensor], Iterator[Trace]]]:
     streams = [_Stream() for _ in cut.batches]
     wanted, wanted_local = _with_base(points), _with_base(local) if local else ()
     allowed = set(low)
@@ -109,6 +137,7 @@ class _Pass:
         self.keep = len(points) <= 3
         self.shifted: dict[float, dict[str, Tensor]] = {}
         self.noted = cut.notebooks(stage, tensors)
+        self.blame = ""  # what has no forward rule here, once that is known
 
     def trace(self, batch: int, stream: _Stream) -> Trace:
         if not self.delta and not stream.moved:
@@ -157,6 +186,7 @@ class _Pass:
             tangents,
             local_values,
             local_tangents,
+            partial(str, self._way(stream)),
         )
         stream.base, stream.hidden, stream.tangent = hidden[0.0], hidden, tangent
         stream.moved = True
@@ -178,7 +208,14 @@ class _Pass:
             tangents,
             local_values,
             local_tangents,
+            lambda: self._way(stream),
         )
+
+    def _way(self, stream: _Stream) -> str:
+        """How tangents were had up to here."""
+        if self.blame:
+            stream.derivative = DOUBLE_BACKWARD
+        return stream.derivative
 
     def _asked(
         self,
@@ -289,26 +326,21 @@ class _Pass:
             {**self.delta.dense, **still},
             {"h": dh} if moving_h else {},
         )
-        try:
-            values, tangents = jvp(stage_at, primals, directions)[:2]
-        except NotImplementedError as error:
-            raise ForwardModeError(_no_derivative(self.stage, str(error))) from error
-        except RuntimeError as error:
-            if "transform" not in str(error):
-                raise
-            raise ForwardModeError(
-                f"{self.stage.name} {self.stage.layer} does something that PyTorch "
-                f"cannot differentiate forward: {error}"
-            ) from error
-        (out, sites), (dout, dsites) = values, tangents
+        (out, sites), (dout, dsites) = self._derived(stage_at, primals, directions)
         return out, sites, dout, dsites
 
-
-def _no_derivative(stage: Stage, message: str) -> str:
-    found = re.search(r"forward AD with (\S+)", message)
-    operation = f"`{found[1]}`" if found else "an operation"
-    return (
-        f"PyTorch has no forward-mode derivative for {operation}, which {stage.name} "
-        f"{stage.layer} uses. Use an implementation of it made of operations that have "
-        "one."
-    )
+    def _derived(
+        self, run: Callable[..., tuple[Tensor, Sites]], primals: Any, along: Any
+    ) -> tuple[tuple[Tensor, Sites], tuple[Tensor, Sites]]:
+        """Values and tangents, by forward mode unless an operation has none."""
+        if not self.blame:
+            try:
+                return forward(run, primals, along)
+            except NoForwardRuleError as error:
+                self.blame = blamed(error, self.cut.model)
+                if error.hidden:
+                    raise hidden(self.blame) from error
+        try:
+            return twice_backward(run, primals, along)
+        except NoReverseRuleError as error:
+            raise refusal(self.blame, str(error)) from error

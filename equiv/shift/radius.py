@@ -125,6 +125,7 @@ def radii(
     selection: Selection,
     midpoint: bool,
     tolerance: float = TOLERANCE,
+    derivative: str = "forward",
 ) -> dict[Question, Radius]:
     """Radii at every row that has a shift, at the base and at the midpoint.
 
@@ -137,6 +138,7 @@ def radii(
         selection: Which layers and sites are rows.
         midpoint: Whether the radius at the midpoint is wanted too.
         tolerance: τ.
+        derivative: As for `propagate`.
     """
     brackets = _start(full, curves, midpoint, tolerance)
     while True:
@@ -144,7 +146,7 @@ def radii(
         asked = {q: k for q, k in wanted.items() if k is not None}
         if not asked:
             break
-        measured = _measure(cut, update, asked, low=low, selection=selection)
+        measured = _measure(cut, update, asked, low, selection, derivative)
         for question, remainder in measured.items():
             brackets[question].probed[asked[question]] = remainder
     return {q: b.radius(tolerance) for q, b in brackets.items()}
@@ -178,9 +180,9 @@ def _measure(
     cut: StagedModel,
     update: Update,
     asked: Mapping[Question, int],
-    *,
     low: Sequence[str],
     selection: Selection,
+    derivative: str,
 ) -> dict[Question, float]:
     """Relative remainders at the grid scales asked for, in one pass."""
     points, local = (
@@ -188,7 +190,8 @@ def _measure(
         for scope in (Scope.PROPAGATED, Scope.LOCAL)
     )
     sums: dict[Question, Comparison] = {}
-    for _, _, traces in propagate(cut, update, points, low=low, local=local):
+    passes = propagate(cut, update, points, low=low, local=local, derivative=derivative)
+    for _, _, traces in passes:
         for trace in traces:
             mask = cut.batches[trace.batch].mask
             for key, f, d in scopes(trace, selection):

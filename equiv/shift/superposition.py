@@ -18,10 +18,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.contributions import Contributions, Sums
+from equiv.shift.derivative import derived, pullback
 from equiv.shift.measures import Comparison, counted
 from equiv.shift.output_metric import metric_of
 from equiv.shift.propagate import propagate
@@ -97,14 +97,14 @@ class _Linear:
 
     def forward(self, delta: Tensor) -> Tensor:
         still = {name: torch.zeros_like(value) for name, value in self.noted.items()}
-        return jvp(self.run, (self.hidden, self.noted), (delta, still))[1]
+        return derived(self.run, (self.hidden, self.noted), (delta, still))[1]
 
     def back(self, weights: Tensor) -> Tensor:
         return self._pull(weights)[0]
 
     @cached_property
     def _pull(self) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
-        return vjp(self.run, self.hidden, self.noted)[1]
+        return pullback(self.run, self.hidden, self.noted)
 
 
 def _moved(

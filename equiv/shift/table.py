@@ -10,6 +10,7 @@ from torch import Tensor
 from equiv.errors import UpdateError
 from equiv.model.sites import Sites
 from equiv.shift.calculus import RowKey, Selection, scopes
+from equiv.shift.derivative import JVP
 from equiv.shift.measures import Comparison, Square, counted, ratio
 from equiv.shift.results import Scope
 from equiv.shift.traces import Trace
@@ -23,6 +24,7 @@ class FullSize:
     first: Comparison = field(default_factory=Comparison)
     midpoint: Comparison = field(default_factory=Comparison)
     tokens: int = 0
+    derivative: str = JVP
 
 
 @dataclass
@@ -62,15 +64,15 @@ class Table:
     def add(self, trace: Trace, mask: Tensor) -> None:
         """Add one batch of one stage."""
         for key, values, tangents in scopes(trace, self.selection):
-            _add_row(
-                self.rows.setdefault(key, FullSize()), key[1], values, tangents, mask
-            )
+            row = self.rows.setdefault(key, FullSize())
+            _add_row(row, key[1], values, tangents, mask)
+            row.derivative = trace.derivative
         stage = trace.stage
         if stage.name != "block" or not self.selection.takes(stage):
             return
         pairs = [(Scope.PROPAGATED, trace.values), (Scope.LOCAL, trace.local_values)]
         for scope, values in pairs:
-            if values:
+            if values and {"attn_out", "mlp_out"} <= set(values[0.0]):
                 sums = self.coverage.setdefault((stage.layer, scope), CoverageSums())
                 _add_coverage(sums, values, mask)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from equiv.model.sites import Sites
 from equiv.model.stages import Stage
+from equiv.shift.derivative import JVP
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Trace:
         local_values: scale → site → g(s); empty unless asked for.
         local_tangents: scale → site → g′(s).
         touched: Whether the update touches this stage's own parameters.
+        way: Tells how tangents were had, here or below; once they were.
     """
 
     stage: Stage
@@ -46,6 +48,12 @@ class Trace:
     tangents: Mapping[float, Sites]
     local_values: Mapping[float, Sites]
     local_tangents: Mapping[float, Sites]
+    way: Callable[[], str] = lambda: JVP
+
+    @property
+    def derivative(self) -> str:
+        """How tangents were had: "jvp", "double backward" or "central"."""
+        return self.way()
 
 
 class OnDemand(Mapping[float, Sites]):
