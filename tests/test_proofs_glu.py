@@ -16,9 +16,11 @@ from theorem_tensors import (
     gate,
     glu,
     head,
+    kinds,
     scales,
     seeds,
     silu1,
+    spoilt,
 )
 from theorem_tensors import float64 as float64
 from torch import Tensor
@@ -45,19 +47,20 @@ def gate_const(
     return (phi1(ag) * eg * eu).abs() + K * eg**2 * (au.abs() + eu.abs())
 
 
-def draw_glu(seed: int, d: int, n: int, o: int) -> list[Tensor]:
-    """Wg, Wu, Wd, dWg, dWu, dWd, u, v."""
-    return draw(seed, "nd nd on nd nd on d d", n=n, d=d, o=o)
+def draw_glu(seed: int, d: int, n: int, o: int, kind: str) -> list[Tensor]:
+    """Wg, Wu, Wd of that kind, dWg, dWu, dWd, u, v."""
+    tensors = draw(seed, "nd nd on nd nd on d d", n=n, d=d, o=o)
+    return [spoilt(kind, weights) for weights in tensors[:3]] + tensors[3:]
 
 
 @pytest.mark.theorem("glu.expansion", "glu.jvp")
 @cases
-@given(seeds, dims, dims, dims, activations)
+@given(seeds, dims, dims, dims, activations, kinds)
 def test_glu_expansion(
-    seed: int, d: int, n: int, o: int, activation: Activation
+    seed: int, d: int, n: int, o: int, activation: Activation, kind: str
 ) -> None:
     phi, phi1, _ = activation
-    Wg, Wu, Wd, dWg, dWu, dWd, u, _ = draw_glu(seed, d, n, o)
+    Wg, Wu, Wd, dWg, dWu, dWd, u, _ = draw_glu(seed, d, n, o, kind)
     moves = (Wg @ u, Wu @ u, dWg @ u, dWu @ u)
     m, dm = gate(phi, *moves[:2]), dgate(phi, phi1, *moves)
     r = gate_rem(phi, phi1, *moves)
@@ -73,12 +76,12 @@ def test_glu_expansion(
 
 @pytest.mark.theorem("glu.expansion-mlp-in", "glu.jacobian", "glu.jvp-mlp-in")
 @cases
-@given(seeds, dims, dims, dims, activations)
+@given(seeds, dims, dims, dims, activations, kinds)
 def test_glu_expansion_mlp_in(
-    seed: int, d: int, n: int, o: int, activation: Activation
+    seed: int, d: int, n: int, o: int, activation: Activation, kind: str
 ) -> None:
     phi, phi1, _ = activation
-    Wg, Wu, Wd, _, _, _, u, v = draw_glu(seed, d, n, o)
+    Wg, Wu, Wd, _, _, _, u, v = draw_glu(seed, d, n, o, kind)
     ag, au = Wg @ u, Wu @ u
     moves = (ag, au, Wg @ v, Wu @ v)
     shift = Wd @ dgate(phi, phi1, *moves)
@@ -96,12 +99,12 @@ def test_glu_expansion_mlp_in(
 
 @pytest.mark.theorem("glu.down-exact", "glu.up-exact", "glu.up-down")
 @cases
-@given(seeds, dims, dims, dims, activations)
+@given(seeds, dims, dims, dims, activations, kinds)
 def test_glu_exactness(
-    seed: int, d: int, n: int, o: int, activation: Activation
+    seed: int, d: int, n: int, o: int, activation: Activation, kind: str
 ) -> None:
     phi, _, _ = activation
-    Wg, Wu, Wd, _, dWu, dWd, u, _ = draw_glu(seed, d, n, o)
+    Wg, Wu, Wd, _, dWu, dWd, u, _ = draw_glu(seed, d, n, o, kind)
     base = glu(phi, Wg, Wu, Wd, u)
     down = dWd @ gate(phi, Wg @ u, Wu @ u)
     up = Wd @ gate(phi, Wg @ u, dWu @ u)
@@ -125,12 +128,12 @@ def test_value_output_cross_term(seed: int, d: int, k: int, T: int) -> None:
 
 @pytest.mark.theorem("glu.quadratic", "silu.glu")
 @cases
-@given(seeds, dims, dims, dims, scales, activations)
+@given(seeds, dims, dims, dims, scales, activations, kinds)
 def test_glu_first_order(
-    seed: int, d: int, n: int, o: int, t: float, activation: Activation
+    seed: int, d: int, n: int, o: int, t: float, activation: Activation, kind: str
 ) -> None:
     phi, phi1, K = activation
-    Wg, Wu, Wd, dWg, dWu, dWd, u, _ = draw_glu(seed, d, n, o)
+    Wg, Wu, Wd, dWg, dWu, dWd, u, _ = draw_glu(seed, d, n, o, kind)
     moves = (Wg @ u, Wu @ u, dWg @ u, dWu @ u)
     dm, c = dgate(phi, phi1, *moves), gate_const(phi1, K, *moves)
     shift = dWd @ gate(phi, *moves[:2]) + Wd @ dm
@@ -142,12 +145,12 @@ def test_glu_first_order(
 
 @pytest.mark.theorem("glu.quadratic-mlp-in", "silu.glu-mlp-in")
 @cases
-@given(seeds, dims, dims, dims, scales, activations)
+@given(seeds, dims, dims, dims, scales, activations, kinds)
 def test_glu_first_order_mlp_in(
-    seed: int, d: int, n: int, o: int, t: float, activation: Activation
+    seed: int, d: int, n: int, o: int, t: float, activation: Activation, kind: str
 ) -> None:
     phi, phi1, K = activation
-    Wg, Wu, Wd, _, _, _, u, v = draw_glu(seed, d, n, o)
+    Wg, Wu, Wd, _, _, _, u, v = draw_glu(seed, d, n, o, kind)
     moves = (Wg @ u, Wu @ u, Wg @ v, Wu @ v)
     C = Wd.abs() @ gate_const(phi1, K, *moves)
     shift = Wd @ dgate(phi, phi1, *moves)

@@ -12,12 +12,14 @@ from theorem_tensors import (
     draw,
     gate,
     glu,
+    kinds,
     norm2,
     off_span,
     orthonormal,
     rank,
     seeds,
     silu1,
+    spoilt,
 )
 from theorem_tensors import float64 as float64
 from torch import Tensor
@@ -30,11 +32,17 @@ from torch.testing import assert_close
 )
 @cases
 @given(
-    seeds, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3)
+    seeds,
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    kinds,
 )
-def test_mlp_in_reach(seed: int, d: int, n: int, extra: int, T: int) -> None:
+def test_mlp_in_reach(seed: int, d: int, n: int, extra: int, T: int, kind: str) -> None:
     o = n + extra
     Wg, Wu, Wd, v, u, p = draw(seed, "nd nd on d1 dT o1", n=n, d=d, o=o, T=T)
+    Wd = spoilt(kind, Wd)
     jacobians = [
         Wd @ (torch.diag(silu1(Wg @ x) * (Wu @ x)) @ Wg + torch.diag(silu(Wg @ x)) @ Wu)
         for x in u.T
@@ -63,10 +71,13 @@ def test_all_reachable(seed: int, d: int, n: int, o: int) -> None:
 
 @pytest.mark.theorem("mlp-in.orthogonal")
 @cases
-@given(seeds, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-def test_orthogonal_part_stays(seed: int, d: int, n: int, extra: int) -> None:
+@given(seeds, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), kinds)
+def test_orthogonal_part_stays(
+    seed: int, d: int, n: int, extra: int, kind: str
+) -> None:
     o = n + extra
     Wd, J, x, w, v = draw(seed, "on nd n o d", o=o, n=n, d=d)
+    Wd = spoilt(kind, Wd)
     p, A, w = Wd @ x, Wd @ J, off_span(w, Wd)
     assert_close(norm2(p + w - A @ v), norm2(p - A @ v) + norm2(w), **SOLVED)
 

@@ -13,11 +13,13 @@ from theorem_tensors import (
     gate,
     glu,
     head,
+    kinds,
     norm2,
     off_span,
     orthonormal,
     rank,
     seeds,
+    spoilt,
 )
 from theorem_tensors import float64 as float64
 from torch import Tensor
@@ -63,11 +65,11 @@ def test_mlp_in_matches_update(seed: int, d: int, n: int) -> None:
     "reft.update", "reft.rank", "reft.span", "reft.replaces", "reft.keeps"
 )
 @cases
-@given(seeds, st.integers(1, 5), dims)
-def test_reft(seed: int, r: int, n: int) -> None:
+@given(seeds, st.integers(1, 5), dims, kinds)
+def test_reft(seed: int, r: int, n: int, kind: str) -> None:
     d = r + 2
     R, W, b, Wd, bd, m = draw(seed, "dr rd r dn d n", d=d, r=r, n=n)
-    R = orthonormal(R).T
+    R, Wd = orthonormal(R).T, spoilt(kind, Wd)
     y = Wd @ m + bd
     shift = R.T @ (W @ y + b - R @ y)
     update, bias = R.T @ (W - R) @ Wd, R.T @ b + R.T @ (W - R) @ bd

@@ -15,7 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from symbolic import ACTIVATIONS, SECOND, TORCH, central_difference, x
-from theorem_tensors import EXACT, cases, derivative, dims, draw, glu, seeds
+from theorem_tensors import (
+    EXACT,
+    cases,
+    derivative,
+    dims,
+    draw,
+    glu,
+    kinds,
+    seeds,
+    spoilt,
+)
 from theorem_tensors import float64 as float64
 from torch import Tensor
 from torch.testing import assert_close
@@ -101,9 +111,12 @@ def units(name: str, order: int, weights: list[Tensor], moves: list[Tensor]) -> 
 
 @pytest.mark.claim(1, 10)
 @cases
-@given(seeds, dims, dims, dims, names)
-def test_update_terms_match_torch(seed: int, d: int, n: int, o: int, name: str) -> None:
+@given(seeds, dims, dims, dims, names, kinds)
+def test_update_terms_match_torch(
+    seed: int, d: int, n: int, o: int, name: str, kind: str
+) -> None:
     Wg, Wu, Wd, dWg, dWu, dWd, u = draw(seed, "nd nd on nd nd on d", n=n, d=d, o=o)
+    Wg, Wu, Wd = (spoilt(kind, weights) for weights in (Wg, Wu, Wd))
     moves = [Wg @ u, Wu @ u, dWg @ u, dWu @ u]
 
     def output(Wg: Tensor, Wu: Tensor, Wd: Tensor) -> Tensor:
@@ -118,9 +131,12 @@ def test_update_terms_match_torch(seed: int, d: int, n: int, o: int, name: str) 
 
 @pytest.mark.claim(13)
 @cases
-@given(seeds, dims, dims, dims, names)
-def test_steer_terms_match_torch(seed: int, d: int, n: int, o: int, name: str) -> None:
+@given(seeds, dims, dims, dims, names, kinds)
+def test_steer_terms_match_torch(
+    seed: int, d: int, n: int, o: int, name: str, kind: str
+) -> None:
     Wg, Wu, Wd, u, v = draw(seed, "nd nd on d d", n=n, d=d, o=o)
+    Wg, Wu, Wd = (spoilt(kind, weights) for weights in (Wg, Wu, Wd))
     moves = [Wg @ u, Wu @ u, Wg @ v, Wu @ v]
     still = torch.zeros_like(Wd)
 

@@ -12,11 +12,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import jvp
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 from witness import SWEEP
 
 Function = Callable[[Tensor], Tensor]
 Activation = tuple[Function, Function, float]
+
+TWO_PI = 2 * torch.pi
 
 seeds = st.integers(0, 2**31 - 1)
 dims = st.integers(1, 6)
@@ -47,9 +49,29 @@ def draw(seed: int, axes: str, **size: int) -> list[Tensor]:
     return [torch.randn(*shape, generator=generator) for shape in shapes]
 
 
+KINDS = ("random", "rank one", "ill-conditioned", "zero")
+kinds = st.sampled_from(KINDS)
+
+
+def spoilt(kind: str, weights: Tensor) -> Tensor:
+    """The weights with other singular values: some that a trained model may come to."""
+    U, s, Vh = torch.linalg.svd(weights, full_matrices=False)
+    values = {
+        "random": s,
+        "rank one": s * (torch.arange(len(s)) == 0),
+        "ill-conditioned": s[0] * torch.logspace(0, -12, len(s)),
+        "zero": torch.zeros(len(s)),
+    }
+    return (U * values[kind]) @ Vh
+
+
 def silu1(x: Tensor) -> Tensor:
     s = torch.sigmoid(x)
     return s * (1 + x * (1 - s))
+
+
+def gelu1(x: Tensor) -> Tensor:
+    return (1 + torch.erf(x / 2**0.5)) / 2 + x * torch.exp(-(x**2) / 2) / TWO_PI**0.5
 
 
 def tanh1(x: Tensor) -> Tensor:
@@ -57,7 +79,11 @@ def tanh1(x: Tensor) -> Tensor:
 
 
 # phi, phi', K with |phi(a + e) - phi(a) - phi'(a) e| <= K e^2: K = sup|phi''| / 2.
-ACTIVATIONS = [(silu, silu1, 0.25), (torch.tanh, tanh1, 2 / 27**0.5)]
+ACTIVATIONS: list[Activation] = [
+    (silu, silu1, 1 / 4),
+    (gelu, gelu1, 1 / TWO_PI**0.5),
+    (torch.tanh, tanh1, 2 / 27**0.5),
+]
 activations = st.sampled_from(ACTIVATIONS)
 
 
