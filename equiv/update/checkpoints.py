@@ -20,6 +20,51 @@ from equiv.update.ties import aliases
 from equiv.update.update import Update
 
 
+def from_folders(base: object, tuned: str | Path) -> Update:
+    """Tuned − base of a folder and a model, or of two folders.
+
+    Raises:
+        UpdateError: If the base is neither.
+        FileFormatError: If a folder holds no weights in safetensors.
+    """
+    _check_side("base", base)
+    _check_side("tuned", tuned)
+    if isinstance(base, nn.Module):
+        return from_folder(base, Path(tuned))
+    return between_folders(Path(str(base)), Path(tuned))
+
+
+def as_models(base: object, tuned: object) -> tuple[nn.Module, nn.Module]:
+    """Two models.
+
+    Raises:
+        UpdateError: If one of them is none.
+    """
+    _check_side("base", base)
+    _check_side("tuned", tuned)
+    if not isinstance(base, nn.Module) or not isinstance(tuned, nn.Module):
+        raise UpdateError(
+            f"Got the folder {base} and a tuned model in memory. Pass two folders, two "
+            "models, or a base model and a tuned folder."
+        )
+    return base, tuned
+
+
+def _check_side(name: str, side: object) -> None:
+    if isinstance(side, (str, Path)):
+        if not Path(side).is_dir():
+            raise UpdateError(
+                f"Expected `{name}` to be a `torch.nn.Module` or a folder, got the "
+                f"{type(side).__name__} {str(side)!r}, which is no folder."
+            )
+    elif not isinstance(side, nn.Module):
+        raise UpdateError(
+            f"Expected `{name}` to be a `torch.nn.Module` or a folder, got "
+            f"{type(side).__name__}. For state dicts there is "
+            "`Update.from_state_dicts`."
+        )
+
+
 def between_folders(base: Path, tuned: Path) -> Update:
     """Tuned − base of two folders of safetensors, under the names in their files.
 

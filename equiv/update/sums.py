@@ -40,23 +40,34 @@ def _sum(name: str, first: Mapping[str, Delta], second: Mapping[str, Delta]) -> 
         return first[name]
     if name not in first:
         return second[name]
-    a, b = first[name], second[name]
-    if _direction(a) != _direction(b):
-        a, b = _turned(name, a, b), _turned(name, b, a)
-    if tuple(a.shape) != tuple(b.shape):
-        raise UpdateMismatchError(
-            f"Cannot add `{name}` of shape {tuple(a.shape)} to one of shape "
-            f"{tuple(b.shape)}: the two updates belong to different models."
-        )
-    if (one := _device(a)) != (other := _device(b)):
-        raise UpdateMismatchError(
-            f"Cannot add `{name}` on {one} to one on {other}: move one of the updates."
-        )
+    a, b = aligned(name, first[name], second[name])
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         left = torch.cat([a.left.double(), b.left.double()], dim=1)
         right = torch.cat([a.right.double(), b.right.double()], dim=0)
         return LowRank(left, right, a.as_linear)
     return _dense(a) + _dense(b)
+
+
+def aligned(name: str, a: Delta, b: Delta) -> tuple[Delta, Delta]:
+    """Two entries of one parameter, both in the direction of the weight.
+
+    Raises:
+        UpdateMismatchError: If they have two shapes or devices.
+        UpdateError: If factors from a folder lie on a square weight and the other entry
+            does not say which way round it is.
+    """
+    if _direction(a) != _direction(b):
+        a, b = _turned(name, a, b), _turned(name, b, a)
+    if tuple(a.shape) != tuple(b.shape):
+        raise UpdateMismatchError(
+            f"`{name}` is of shape {tuple(a.shape)} here and of "
+            f"{tuple(b.shape)}: the two updates belong to different models."
+        )
+    if (one := _device(a)) != (other := _device(b)):
+        raise UpdateMismatchError(
+            f"`{name}` is on {one} here and on {other} there: move one of the updates."
+        )
+    return a, b
 
 
 def _direction(delta: Delta) -> bool:
@@ -73,8 +84,8 @@ def _turned(name: str, delta: Delta, other: Delta) -> Delta:
     out, inside = delta.shape
     if out == inside:
         raise UpdateError(
-            f"Cannot add to `{name}`: the adapter's folder does not say which side of "
-            "this square weight is its input. Read it with its base: "
+            f"`{name}` cannot be compared: the adapter's folder does not say which "
+            "side of this square weight is its input. Read it with its base: "
             "`Update.from_peft(path, base)`."
         )
     if tuple(other.shape) == (inside, out):

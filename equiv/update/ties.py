@@ -1,13 +1,13 @@
 """Weights that several modules share: an adapter on one of them is no weight update."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from equiv.errors import UpdateError
-from equiv.update.low_rank import Delta, LowRank
+from equiv.errors import UpdateError, UpdateMismatchError
+from equiv.update.low_rank import Delta, LowRank, norm_of
 from equiv.update.peft_names import clean
 
 
@@ -54,6 +54,24 @@ def aliases(model: nn.Module) -> dict[str, str]:
     }
     for name, first in list(found.items()):
         found.setdefault(clean(name), first)
+    return found
+
+
+def norms_in(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """Frobenius norms of some of a model's parameters, under any of their names.
+
+    Raises:
+        UpdateMismatchError: If the model lacks one of them.
+    """
+    own, known = dict(model.named_parameters()), aliases(model)
+    found: dict[str, float] = {}
+    for name in names:
+        if name not in known:
+            raise UpdateMismatchError(
+                f"The update has `{name}`, which {type(model).__name__} does not have: "
+                "it belongs to another model."
+            )
+        found[name] = norm_of(own[known[name]].detach())
     return found
 
 

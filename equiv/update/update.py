@@ -7,15 +7,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from equiv.arguments import as_integers, as_number, as_seed
 from equiv.errors import UpdateError
+from equiv.update.diff import UpdateDiff, diff_of
 from equiv.update.differences import check_buffers, differences
 from equiv.update.entries import check_delta, mapped, norm_at, some
-from equiv.update.low_rank import Delta, LowRank, norm_of
+from equiv.update.low_rank import Delta, LowRank
+from equiv.update.noise import noise
+from equiv.update.spectra import matrix_at, singular_values, stable_rank
+from equiv.update.summary import Summary, layer_of, summary_of
 from equiv.update.sums import added
+from equiv.update.ties import norms_in
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,6 +35,7 @@ class Update:
         source: Where it came from, in a few words.
 
     Example:
+        >>> import torch
         >>> update = Update.from_dict({"weight": torch.tensor([[3.0, 4.0]])})
         >>> update.norm(), (0.5 * update).norm(), (update - update).norm()
         (5.0, 2.5, 0.0)
@@ -43,6 +48,9 @@ class Update:
     def __repr__(self) -> str:
         count = len(self.deltas)
         return f"Update({self.source}: {count} parameters, norm {self.norm():.3g})"
+
+    def __str__(self) -> str:
+        return str(self.summary())
 
     @classmethod
     def from_dict(
@@ -90,11 +98,10 @@ class Update:
     ) -> "Update":
         """Tuned − base: two models of one architecture, or their folders.
 
-        Folders hold safetensors, in one file or in shards; of a training run any
-        `checkpoint-…` folder. They are read one weight at a time, once now and again
-        whenever an entry is looked at, so leave them, and a model that is compared
-        with one, as they are while the update is in use. The update of two folders has
-        the names that their files have.
+        Folders hold safetensors, in one file or in shards; of a training run, any
+        `checkpoint-…` folder. They are read one weight at a time, now and again
+        whenever an entry is looked at: leave them, and a model compared with one, as
+        they are. Of two folders the update has the names in their files.
 
         Raises:
             UpdateMismatchError: If their parameters differ in name or shape, or their
@@ -103,19 +110,11 @@ class Update:
                 everywhere.
             FileFormatError: If a folder holds no weights in safetensors.
         """
-        from equiv.update.checkpoints import between_folders, from_folder
+        from equiv.update.checkpoints import as_models, from_folders
 
-        for name, side in (("base", base), ("tuned", tuned)):
-            _check_side(name, side)
         if isinstance(tuned, (str, Path)):
-            if isinstance(base, nn.Module):
-                return from_folder(base, Path(tuned))
-            return between_folders(Path(base), Path(tuned))
-        if not isinstance(base, nn.Module):
-            raise UpdateError(
-                f"Got the folder {base} and a tuned model in memory. Pass two folders, "
-                "two models, or a base model and a tuned folder."
-            )
+            return from_folders(base, tuned)
+        base, tuned = as_models(base, tuned)
         if base is tuned:
             raise UpdateError(
                 "Base and tuned are the same object, so their difference is zero. Pass "
@@ -173,18 +172,7 @@ class Update:
             lambda found: 0 < found < math.inf,
         )
         seed = as_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        deltas: dict[str, Delta] = {}
-        norms: dict[str, float] = {}
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            size = norm_of(weight.detach())
-            if size == 0:
-                continue
-            deltas[name] = (noise * (relative_norm * size / noise.norm())).to(
-                weight.device
-            )
-            norms[name] = size
+        deltas, norms = noise(model, relative_norm, seed)
         source = f"random update, relative norm {relative_norm:g}, seed {seed}"
         return cls(cls.from_dict(deltas).deltas, norms, source)
 
@@ -276,42 +264,84 @@ class Update:
 
     def norm(self) -> float:
         """Frobenius norm over all entries."""
-        return math.sqrt(sum(norm_at(self.deltas, n) ** 2 for n in self.deltas))
+        return math.hypot(*(norm_at(self.deltas, name) for name in self.deltas))
 
     def relative_norm(self, model: nn.Module | None = None) -> float:
         """Norm relative to that of the parameters it touches.
 
         Raises:
             UpdateError: If the base is not known and no model is given.
+            UpdateMismatchError: If the model lacks one of the parameters.
         """
-        norms = dict(self.base_norms)
-        if model is not None:
-            weights = dict(model.named_parameters(remove_duplicate=False))
-            norms = {n: norm_of(weights[n].detach()) for n in self.deltas}
+        norms = self.base_norms if model is None else norms_in(model, self.deltas)
         if not self.deltas.keys() <= norms.keys():
             raise UpdateError(
                 "The weights that this update belongs to are not known. Pass the "
                 "model: `update.relative_norm(model)`."
             )
-        base = math.sqrt(sum(norms[name] ** 2 for name in self.deltas))
+        base = math.hypot(*(norms[name] for name in self.deltas))
         return self.norm() / base if base else math.inf
 
+    def singular_values(self, name: str) -> Tensor:
+        """Singular values of one matrix of the update, float64, from the largest down.
 
-def _check_side(name: str, side: object) -> None:
-    if isinstance(side, (str, Path)):
-        if not Path(side).is_dir():
-            raise UpdateError(
-                f"Expected `{name}` to be a `torch.nn.Module` or a folder, got the "
-                f"{type(side).__name__} {str(side)!r}, which is no folder."
-            )
-    elif not isinstance(side, nn.Module):
-        raise UpdateError(
-            f"Expected `{name}` to be a `torch.nn.Module` or a folder, got "
-            f"{type(side).__name__}. For state dicts there is "
-            "`Update.from_state_dicts`."
-        )
+        Of factors they come from QR and a small SVD, and the matrix is never made.
 
+        Raises:
+            UpdateMismatchError: If the update has no such entry.
+            UpdateError: If the entry is no matrix.
+        """
+        return singular_values(matrix_at(self.deltas, name))
 
-def layer_of(name: str) -> int | None:
-    """The block's index in a parameter's name: the first number between two dots."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    def stable_rank(self, name: str) -> float:
+        """‖Δ‖²_F / ‖Δ‖²₂ of one matrix: how many directions carry it.
+
+        Raises:
+            UpdateMismatchError: If the update has no such entry.
+            UpdateError: If the entry is no matrix.
+        """
+        return stable_rank(self.singular_values(name))
+
+    def summary(
+        self, model: nn.Module | None = None, *, spectra: bool = False
+    ) -> Summary:
+        """Which blocks and kinds of weight the update touches; print it for a table.
+
+        Args:
+            model: The base, for norms relative to its weights.
+            spectra: Whether to give stable ranks; of a dense matrix that takes an SVD.
+
+        Raises:
+            UpdateMismatchError: If the model lacks one of the parameters.
+
+        Example:
+            >>> import torch
+            >>> deltas = {f"h.{i}.up.weight": (i + 1) * torch.eye(2) for i in range(2)}
+            >>> print(Update.from_dict(deltas, source="mine").summary(spectra=True))
+            mine
+            2 parameters, blocks 0–1, norm 3.16
+            <BLANKLINE>
+            weight  blocks  count  form   norm  share of norm²  stable rank
+            up      0–1         2  dense  3.16           100 %          2.0
+        """
+        norms = self.base_norms if model is None else norms_in(model, self.deltas)
+        return summary_of(self.source, self.deltas, norms, spectra=spectra)
+
+    def diff(self, other: "Update") -> UpdateDiff:
+        """This update beside another: what only one of them moves, and their cosine.
+
+        Raises:
+            UpdateMismatchError: If they belong to different models.
+            UpdateError: If the other is no update.
+
+        Example:
+            >>> import torch
+            >>> one = Update.from_dict({"a": torch.ones(2)}, source="one")
+            >>> two = Update.from_dict({"b": torch.ones(1)}, source="two")
+            >>> print(one.diff(one + two))
+            in both: 1, cosine 0.816
+            only in one + two: 1 (b)
+        """
+        if not isinstance(other, Update):
+            raise UpdateError(f"Expected an `Update`, got {type(other).__name__}.")
+        return diff_of((self.source, self.deltas), (other.source, other.deltas))
