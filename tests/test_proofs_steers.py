@@ -168,7 +168,7 @@ def test_first_position_ignores_scores(seed: int, d: int, k: int, T: int) -> Non
     X, Wv, Wo, *queries_keys = draw(seed, "dT kd dk kd kd kd kd", d=d, k=k, T=T)
 
     def attended(Wq: Tensor, Wk: Tensor) -> Tensor:
-        scores = (Wq @ X).T @ (Wk @ X)
+        scores = (Wq @ X).T @ (Wk @ X) / (d * k)  # so that the softmax is not saturated
         later = torch.ones(T, T).triu(1).bool()
         pattern = torch.softmax(scores.masked_fill(later, -torch.inf), 1)
         return Wo @ (Wv @ X) @ pattern.T
@@ -176,4 +176,4 @@ def test_first_position_ignores_scores(seed: int, d: int, k: int, T: int) -> Non
     base, tuned = attended(*queries_keys[:2]), attended(*queries_keys[2:])
     assert_close(tuned[:, 0], base[:, 0], **EXACT)
     assert_close(base[:, 0], Wo @ Wv @ X[:, 0], **EXACT)
-    assert T == 1 or not torch.allclose(tuned[:, 1], base[:, 1], rtol=0, atol=1e-9)
+    assert T == 1 or not torch.allclose(tuned[:, 1], base[:, 1], rtol=0, atol=1e-12)

@@ -59,7 +59,7 @@ def spoilt(kind: str, weights: Tensor) -> Tensor:
     values = {
         "random": s,
         "rank one": s * (torch.arange(len(s)) == 0),
-        "ill-conditioned": s[0] * torch.logspace(0, -12, len(s)),
+        "ill-conditioned": s[0] * torch.logspace(0, -6, len(s)),
         "zero": torch.zeros(len(s)),
     }
     return (U * values[kind]) @ Vh
@@ -107,7 +107,7 @@ def orthonormal(matrix: Tensor) -> Tensor:
 def off_span(v: Tensor, A: Tensor) -> Tensor:
     """The part of v outside col(A)."""
     U, s, _ = torch.linalg.svd(A, full_matrices=False)
-    U = U[:, s > 1e-10 * s.max()] if s.numel() else U
+    U = U[:, s > 1e-12 * s.max()] if s.numel() else U
     return v - U @ (U.T @ v)
 
 
