@@ -397,3 +397,24 @@ def test_experts_weighed_by_the_input_are_refused(tmp_path: Path) -> None:
     base.config.use_cache = False
     with pytest.raises(equiv.UpdateError, match="kind XLORA cannot be merged"):
         equiv.Update.from_peft(peft.get_peft_model(base, config))
+
+
+@pytest.mark.parametrize("kind", ["LORA", "dora", "a head of its own"])
+def test_adapters_that_transformers_loaded(kind: str, tmp_path: Path) -> None:
+    """`from_pretrained` of an adapter's folder gives the base's class, not PEFT's."""
+    config, settings, family = KINDS[kind]
+    base = base_model(family, F64)
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base_model(family), config, settings)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = type(base).from_pretrained(tmp_path / "adapter").double().eval()
+    update = resolve(base, loaded)
+    check_same(base, update, loaded, kind, FLOAT64)
+    same = equiv.Update.from_peft(loaded)
+    assert same.deltas.keys() == update.deltas.keys()
+    by_itself = equiv.shifts(loaded, loaded, IDS, dtype=F64)
+    by_parts = equiv.shifts(base, update, IDS, dtype=F64)
+    for a, b in zip(by_itself, by_parts, strict=True):
+        witness.close(a.exact, b.exact)
+        witness.close(a.first_order, b.first_order)

@@ -1,4 +1,4 @@
-"""The update of a live `PeftModel`, one adapted module at a time.
+"""The update of a live model with adapters, one adapted module at a time.
 
 Plain LoRA stays in factors. Every other kind is merged by PEFT on a copy of the
 module, in float64, and the base's own weight subtracted: what PEFT's
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from equiv.errors import UpdateError
 from equiv.update.lora import layer_deltas, moves_base
 from equiv.update.low_rank import Delta, LowRank
-from equiv.update.peft_names import base_of, clean, is_own
+from equiv.update.peft_names import clean, inside, is_own, is_peft
 from equiv.update.ties import each_once
 from equiv.update.update import Update
 
@@ -24,10 +24,10 @@ _BY_INPUT = ("POLY", "XLORA")
 
 
 def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
-    """The update of a `PeftModel`'s active adapters.
+    """The update of a model's active adapters.
 
     Args:
-        adapted: The `PeftModel`.
+        adapted: A `PeftModel`, or a model of transformers with adapters in it.
         model: The base that the update is for, if it is not the one inside `adapted`.
 
     Raises:
@@ -36,7 +36,7 @@ def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
             there is no other base.
     """
     configs = [_as_dict(adapted.peft_config[name]) for name in _active(adapted)]  # pyright: ignore
-    base = base_of(adapted)
+    base = inside(adapted)
     _check_mergeable(adapted, configs)
     moved = any(moves_base(config) for config in configs)
     if moved and (model is None or model is base):
@@ -59,8 +59,9 @@ def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
 
 
 def _active(adapted: Any) -> list[str]:
-    """Names of the active adapters; prompts have one name and no list."""
-    return list(adapted.active_adapters)
+    """Names of the active adapters: PEFT has a property, transformers a method."""
+    found: Any = adapted.active_adapters
+    return list(found if is_peft(adapted) else found())
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _check_mergeable(adapted: Any, configs: list[dict[str, Any]]) -> None:
     for kind in kinds:
         if kind in _BY_INPUT:  # X-LoRA's experts are active, it is not
             raise _no_update(kind)
-    if not hasattr(adapted.base_model, "merge_and_unload"):
+    if is_peft(adapted) and not hasattr(adapted.base_model, "merge_and_unload"):
         raise _no_update(configs[0]["peft_type"])
 
 
@@ -145,10 +146,10 @@ def _merged(module: nn.Module, configs: list[dict[str, Any]]) -> nn.Module:
 
 def base_differences(base: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     """How far the base inside a `PeftModel` is from another one, where they differ."""
-    inside = {clean(n): p.detach() for n, p in base.named_parameters() if is_own(n)}
+    within = {clean(n): p.detach() for n, p in base.named_parameters() if is_own(n)}
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        own, weight = inside.get(clean(name)), parameter.detach()
+        own, weight = within.get(clean(name)), parameter.detach()
         if own is None or own.shape != weight.shape or own is weight:
             continue
         if not _close(own, weight):

@@ -28,6 +28,20 @@ def base_of(adapted: nn.Module) -> nn.Module:
     return adapted.get_base_model()  # pyright: ignore
 
 
+def has_adapters(model: object) -> bool:
+    """Whether adapters are in this model: a `PeftModel`, or loaded by transformers.
+
+    `from_pretrained` of an adapter's folder, `load_adapter` and `add_adapter` put
+    PEFT's layers into a model of transformers, which is then no `PeftModel`.
+    """
+    return is_peft(model) or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def inside(adapted: nn.Module) -> nn.Module:
+    """The model whose layers the adapters are around."""
+    return base_of(adapted) if is_peft(adapted) else adapted
+
+
 def is_own(name: str) -> bool:
     """Whether a parameter belongs to the base and not to an adapter.
 

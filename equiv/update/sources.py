@@ -13,7 +13,8 @@ from equiv.update.adapter_files import from_directory
 from equiv.update.checkpoints import from_file, from_folder
 from equiv.update.fitting import fitted
 from equiv.update.merging import from_model
-from equiv.update.peft_names import base_of, is_peft
+from equiv.update.peft_names import has_adapters, inside
+from equiv.update.peft_names import is_peft as is_peft
 from equiv.update.update import Update
 
 
@@ -38,7 +39,7 @@ def resolve(model: nn.Module, delta_w: object) -> Update:
         delta_w = _load(model, str(delta_w))
     if isinstance(delta_w, Update):
         update = delta_w
-    elif is_peft(delta_w):
+    elif has_adapters(delta_w):
         assert isinstance(delta_w, nn.Module)
         update = _from_peft_model(model, delta_w)
     elif isinstance(delta_w, nn.Module):
@@ -56,7 +57,7 @@ def resolve(model: nn.Module, delta_w: object) -> Update:
 def _from_peft_model(model: nn.Module, adapted: nn.Module) -> Update:
     """Adapter over this very model, or over a copy of it: same update either way."""
     update = from_model(adapted, model)
-    inner = base_of(adapted)
+    inner = inside(adapted)
     if inner is model:
         return update
     mine, theirs = type(model).__name__, type(inner).__name__

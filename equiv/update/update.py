@@ -129,12 +129,15 @@ class Update:
 
     @classmethod
     def from_peft(
-        cls, adapted: "PeftModel | str | Path", base: nn.Module | None = None
+        cls,
+        adapted: "PeftModel | nn.Module | str | Path",
+        base: nn.Module | None = None,
     ) -> "Update":
         """The update that a PEFT adapter makes; plain LoRA stays in factors.
 
         Args:
-            adapted: A `PeftModel`, or the directory of an adapter in safetensors.
+            adapted: A `PeftModel`, a model of transformers with adapters in it, or the
+                directory of an adapter in safetensors.
             base: The base. Needed for a directory unless it holds plain LoRA or BEFT,
                 and for adapters that changed the base's own weights (`bias="all"`,
                 PiSSA).
@@ -144,14 +147,14 @@ class Update:
                 merged.
             FileFormatError: If the directory holds no adapter in safetensors.
         """
-        from equiv.update.adapters import from_directory, from_model, is_peft
+        from equiv.update.adapters import from_directory, from_model, has_adapters
 
         if isinstance(adapted, (str, Path)):
             return from_directory(adapted, base)
-        if not is_peft(adapted):
+        if not has_adapters(adapted):
             raise UpdateError(
                 "Expected a `PeftModel` or the directory of an adapter, got "
-                f"{type(adapted).__name__}. A tuned model goes to "
+                f"{type(adapted).__name__} without any. A tuned model goes to "
                 "`Update.between(base, tuned)`."
             )
         return from_model(adapted, base)
