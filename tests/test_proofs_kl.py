@@ -102,10 +102,10 @@ def test_kl_bound_is_nearly_attained() -> None:
     )
 
 
-@pytest.mark.theorem("kl.second-order", "kl.fisher")
+@pytest.mark.theorem("kl.second-order", "kl.fisher", "kl.scaled")
 @cases
-@given(seeds, dims, st.floats(0.001, 1))
-def test_kl_is_half_a_variance(seed: int, n: int, c: float) -> None:
+@given(seeds, dims, st.floats(0.001, 1), st.floats(0, 1))
+def test_kl_is_half_a_variance(seed: int, n: int, c: float, s: float) -> None:
     z, delta = draw(seed, "n n", n=n)
     p = torch.softmax(z, 0)
     delta = delta - (p * delta).sum()
@@ -114,6 +114,9 @@ def test_kl_is_half_a_variance(seed: int, n: int, c: float) -> None:
     assert_close(V, (p * (delta - (p * delta).sum()) ** 2).sum(), **EXACT)
     divergence = kl(z, z + delta + 3.0)  # a constant changes nothing
     assert (1 - c) * V / 2 - 1e-12 <= divergence <= (1 + c) * V / 2 + 1e-12
+    scaled = kl(z, z + s * delta)
+    assert (1 - s * c) * s**2 * V / 2 - 1e-12 <= scaled
+    assert scaled <= (1 + s * c) * s**2 * V / 2 + 1e-12
 
 
 class Waves:

@@ -4,8 +4,11 @@
       V = sum_i p_i (δ_i - m)^2 = δ^T (diag p - p p^T) δ ,
     the variance of the change δ under p.  If |δ_i - m| <= c <= 1 for all i, then
       (1 - c) V/2  <=  KL(softmax z ‖ softmax(z + δ))  <=  (1 + c) V/2 .
-    So the ratio of KL and V/2 tends to 1 with the size of δ, and with
-    δ = t g + o(t) the order 2 of kl_order.v is attained whenever g is not constant.
+    For δ = s g with |g_i - m| <= c and s c <= 1, V the variance of g,
+      (1 - s c) s^2 V/2  <=  KL  <=  (1 + s c) s^2 V/2 .
+    So the ratio of KL and its second-order form tends to 1 with s, and the orders of
+    kl_order.v are attained: 2 by logits that move by t g, 4 by logits that differ by
+    t^2 g, unless all entries of g are equal.
 
     Assumptions.  As stated; constants added to all logits change nothing, hence only
     the distance from the mean counts.
@@ -94,6 +97,22 @@ have [lo up] := @ln_quadratic (variance z d) c (mean_exp z e)
   (conj (elimT (RleP _ _) V0) (elimT (RleP _ _) Vc))
   (conj (elimT (RleP _ _) L) (elimT (RleP _ _) U)).
 by rewrite div_natrE; apply/andP; split; apply/RleP.
+Qed.
+
+(** The same for δ = s g, with the variance of g: KL is s^2 V/2 up to a factor 1 ± s c. *)
+Theorem kl_scaled z g (s c : R) : 0 <= s -> s * c <= 1 ->
+    (forall i, `|g i - mean z g| <= c) ->
+  s ^+ 2 * variance z g / 2%:R * (1 - s * c)
+    <= kl (softmax z) (softmax (fun i => z i + s * g i))
+    <= s ^+ 2 * variance z g / 2%:R * (1 + s * c).
+Proof.
+move=> s0 sc gc; have mE : mean z (fun i => s * g i) = s * mean z g.
+  by rewrite [RHS]mulr_sumr; apply: eq_bigr => i _; rewrite mulrCA.
+have -> : s ^+ 2 * variance z g = variance z (fun i => s * g i).
+  rewrite /variance mE mulr_sumr; apply: eq_bigr => i _.
+  by rewrite -mulrBr exprMn mulrCA.
+apply: kl_quadratic => // i; rewrite mE -mulrBr normrM ger0_norm //.
+exact: le_mul2l.
 Qed.
 
 End KlQuadratic.
