@@ -23,7 +23,7 @@ def normed(u: Tensor) -> Tensor:
     return u / u.pow(2).mean().sqrt()
 
 
-@pytest.mark.claim(28)
+@pytest.mark.claim("28, widths")
 @cases
 @given(seeds, dims, dims, dims, st.floats(1e-3, 10))
 def test_glu_stretches_at_most(seed: int, d: int, f: int, o: int, size: float) -> None:
@@ -34,7 +34,7 @@ def test_glu_stretches_at_most(seed: int, d: int, f: int, o: int, size: float) -
     assert gap <= (1 + SLOPE) * d**0.5 * weights * (u - v).norm() + 1e-12
 
 
-@pytest.mark.claim(28)
+@pytest.mark.claim("28, widths")
 @cases
 @given(seeds, dims, dims, dims, st.floats(1e-3, 10))
 def test_glu_update_moves_at_most(
@@ -53,7 +53,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return gain * x / (x.pow(2).mean() + eps).sqrt()
 
 
-@pytest.mark.claim(28)
+@pytest.mark.claim("28, widths")
 @cases
 @given(seeds, dims, st.floats(1e-2, 100), st.floats(0, 1))
 def test_norm_gains_at_most(seed: int, d: int, size: float, eps: float) -> None:
@@ -64,7 +64,7 @@ def test_norm_gains_at_most(seed: int, d: int, size: float, eps: float) -> None:
     assert spectral(jacobian) <= gain.abs().max() / rho * (1 + 1e-9)
 
 
-@pytest.mark.claim(20)
+@pytest.mark.claim("20, norms")
 @cases
 @given(seeds, dims, dims, st.floats(1e-3, 1e3))
 def test_norm_hides_the_scale(seed: int, d: int, f: int, scale: float) -> None:

@@ -52,7 +52,7 @@ def test_value_shift_collinear(seed: int, d: int, k: int, T: int) -> None:
     assert_close(shift, (Wo @ B) * (A @ X @ pattern), **EXACT)
 
 
-@pytest.mark.claim(25)
+@pytest.mark.claim("25, W_g")
 @cases
 @given(seeds, st.integers(2, 6), st.integers(2, 6))
 def test_rank_one_on_the_gate_is_not_bounded(seed: int, d: int, T: int) -> None:

@@ -105,6 +105,7 @@ def test_block_out_separation(seed: int, d: int, n: int) -> None:
     assert not torch.allclose(B @ (u1 + y1), B @ (u2 + y2))
 
 
+@pytest.mark.claim("18, norm of Q")
 @pytest.mark.theorem(
     "replication.linear", "replication.affine", "replication.skip-projector"
 )

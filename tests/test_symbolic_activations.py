@@ -28,7 +28,7 @@ def largest_slope(name: str) -> float:
     return float(slope)
 
 
-@pytest.mark.claim(28)
+@pytest.mark.claim("28, slopes")
 @pytest.mark.parametrize(
     ("name", "stated"), [("silu", 1.09984), ("gelu", 1.12890), ("gelu_tanh", 1.12899)]
 )
@@ -38,7 +38,7 @@ def test_largest_slope(name: str, stated: float) -> None:
     assert slopes.abs().max() <= largest_slope(name) + 1e-12
 
 
-@pytest.mark.claim(10)
+@pytest.mark.claim("10, second-order term")
 @pytest.mark.parametrize(
     ("name", "curvature"),
     [
@@ -56,7 +56,7 @@ def test_largest_curvature_is_at_zero(name: str, curvature: sp.Expr) -> None:
     assert values.abs().max() <= float(curvature) + 1e-12
 
 
-@pytest.mark.claim(10, 28)
+@pytest.mark.claim("10, second-order term", "28, slopes")
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_torch_means_the_same_function(name: str) -> None:
     symbolic, function = ACTIVATIONS[name]

@@ -73,7 +73,7 @@ def derived(name: str, order: int) -> Callable[..., Tensor]:
     return sp.lambdify((ag, au, eg, eu, wd, dwd), term, modules=TORCH, cse=True)
 
 
-@pytest.mark.claim(1, 10)
+@pytest.mark.claim("1, by activation", "10, second-order term")
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", ["any", *ACTIVATIONS])
 def test_update_terms_are_those_of_the_theory(name: str, order: int) -> None:
@@ -81,7 +81,7 @@ def test_update_terms_are_those_of_the_theory(name: str, order: int) -> None:
     assert sp.expand(found - stated(name, order, dwd)).doit().equals(0)
 
 
-@pytest.mark.claim(13)
+@pytest.mark.claim("13, second-order term")
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", ["any", *ACTIVATIONS])
 def test_steer_terms_are_those_of_the_theory(name: str, order: int) -> None:
@@ -89,7 +89,7 @@ def test_steer_terms_are_those_of_the_theory(name: str, order: int) -> None:
     assert sp.expand(found - stated(name, order, 0)).doit().equals(0)
 
 
-@pytest.mark.claim(2)
+@pytest.mark.claim("2, higher orders")
 def test_which_updates_leave_no_remainder() -> None:
     # every order from the second on, for an unknown activation
     curve = update_curve("any")
@@ -109,7 +109,7 @@ def units(name: str, order: int, weights: list[Tensor], moves: list[Tensor]) -> 
     return derived(name, order)(*moves, Wd, dWd).sum(1)
 
 
-@pytest.mark.claim(1, 10)
+@pytest.mark.claim("1, by activation", "10, second-order term")
 @cases
 @given(seeds, dims, dims, dims, names, kinds)
 def test_update_terms_match_torch(
@@ -129,7 +129,7 @@ def test_update_terms_match_torch(
     assert_close(second, measured, **SECOND)
 
 
-@pytest.mark.claim(13)
+@pytest.mark.claim("13, second-order term")
 @cases
 @given(seeds, dims, dims, dims, names, kinds)
 def test_steer_terms_match_torch(

@@ -28,7 +28,7 @@ def _claim_row(listing: Listing, claim: Claim) -> str:
     files = {entry.id: entry.file for entry in listing.theorems}
     coq = ", ".join(f"[`{name}`]({files[name]})" for name in claim.theorems) or "–"
     return _row(
-        f"{claim.number}{', as written' * claim.as_written}",
+        str(claim.key),
         claim.says,
         claim.assumptions,
         claim.status,

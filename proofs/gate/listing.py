@@ -1,8 +1,9 @@
 """The lists of theorems and claims, the tests that carry their ids, and what is wrong.
 
 A test names what it checks by a mark: `@pytest.mark.theorem("oracle.exact")` says that
-it evaluates that theorem's formula on tensors, `@pytest.mark.claim(7)` that it bears on
-claim 7 of the theory directly.
+it evaluates that theorem's formula on tensors, `@pytest.mark.claim(7)` or
+`@pytest.mark.claim("18, norm of Q")` that it bears on that claim of the theory, or on
+that part of it, directly.
 """
 
 import ast
@@ -42,15 +43,21 @@ class Theorem:
 class Claim:
     """One entry of claims.toml: what is known about a claim of the theory.
 
-    `as_written` is true of a statement of the sources that the claim corrects.
+    `part` is "whole", "as written" for a statement of the sources that the claim
+    corrects, or a word for a part whose witnesses are of another kind.
     """
 
     number: int
-    as_written: bool
+    part: str
     says: str
     assumptions: str
     status: str
     theorems: list[str]
+
+    @property
+    def key(self) -> int | str:
+        """What marks its tests: the number, and the part where it is not the whole."""
+        return self.number if self.part == "whole" else f"{self.number}, {self.part}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def read(root: Path) -> Listing:
 
 def witnesses(listing: Listing, claim: Claim) -> tuple[list[str], list[str]]:
     """The symbolic and the property tests of a claim: its own and its theorems'."""
-    found = [] if claim.as_written else list(listing.tests.get(claim.number, []))
+    found = list(listing.tests.get(claim.key, []))
     for theorem in claim.theorems:
         found += listing.tests.get(theorem, [])
     found = list(dict.fromkeys(found))
@@ -144,19 +151,20 @@ def theorem_errors(listing: Listing) -> Iterator[str]:
 def claim_errors(listing: Listing) -> Iterator[str]:
     """Every claim listed once, of a known status, with the witness it needs."""
     known = {entry.id for entry in listing.theorems}
-    numbers = [(claim.number, claim.as_written) for claim in listing.claims]
-    if numbers != sorted(set(numbers)):
-        yield f"claims.toml: expected claims in order, each once, got {numbers}"
+    numbers = [claim.number for claim in listing.claims]
+    keys = {claim.key for claim in listing.claims}
+    if numbers != sorted(numbers) or len(keys) < len(numbers):
+        yield f"claims.toml: expected claims in order, each part once, got {numbers}"
     for claim in listing.claims:
         for name in set(claim.theorems) - known:
-            yield f"claim {claim.number}: no theorem {name}"
+            yield f"claim {claim.key}: no theorem {name}"
         if claim.status not in STATUSES:
-            yield f"claim {claim.number}: status {claim.status}, not in {STATUSES}"
+            yield f"claim {claim.key}: status {claim.status}, not in {STATUSES}"
         symbolic, tests = witnesses(listing, claim)
         needed = {"proved": claim.theorems, "checked symbolically": symbolic}
         if not needed.get(claim.status, claim.theorems + symbolic + tests):
-            yield f"claim {claim.number}: {claim.status}, but no witness is named"
-    for key in listing.tests.keys() - known - {number for number, _ in numbers}:
+            yield f"claim {claim.key}: {claim.status}, but no witness is named"
+    for key in listing.tests.keys() - known - keys:
         yield f"{', '.join(listing.tests[key])}: no theorem or claim {key}"
 
 
