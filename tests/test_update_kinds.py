@@ -418,3 +418,30 @@ def test_adapters_that_transformers_loaded(kind: str, tmp_path: Path) -> None:
     for a, b in zip(by_itself, by_parts, strict=True):
         witness.close(a.exact, b.exact)
         witness.close(a.first_order, b.first_order)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "base's biases"])
+def test_a_base_that_peft_has_changed_is_no_base(kind: str) -> None:
+    config, settings, family = KINDS[kind]
+    base = base_model(family)
+    model = adapted(base, config, settings)
+    for call in (
+        lambda: equiv.Update.from_peft(model),
+        lambda: equiv.check(base, model, IDS),
+    ):
+        with pytest.raises(equiv.UpdateError, match="Pass a base loaded afresh"):
+            call()
+    assert equiv.Update.from_peft(model, base_model(family)).norm() > 0
+
+
+def test_another_base_s_weights_are_part_of_the_update() -> None:
+    """What the adapted model is, less the model it is compared with."""
+    config, settings, family = KINDS["LORA"]
+    model = adapted(base_model(family), config, settings)
+    other = base_model(family, F64)
+    other.lm_head.weight.data += 0.1
+    update = resolve(other, model)
+    check_same(other, update, model, "LORA", FLOAT64)
+    assert update.source == "LoRA, 1 of the base's own weights differ"
+    for dtype in (torch.float32, torch.bfloat16):  # rounding is no difference
+        assert resolve(base_model(family, dtype), model).source == "LoRA"

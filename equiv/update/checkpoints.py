@@ -4,13 +4,15 @@ Nothing is loaded as a whole: weights are read where they are needed, one at a t
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from equiv.errors import FileFormatError, UpdateError, UpdateMismatchError
+from equiv.errors import UpdateError, UpdateMismatchError
+from equiv.model.loading import load_model
 from equiv.update.differences import check_same_buffers, differences, stored_buffers
 from equiv.update.entries import Deferred, Entry, check_delta
 from equiv.update.low_rank import norm_of
@@ -97,7 +99,7 @@ def from_folder(model: nn.Module, folder: Path) -> Update:
     by_name = placed.keys() == own.keys()
     loadable = hasattr(model, "from_pretrained") and (folder / "config.json").is_file()
     if loadable and not by_name:
-        return _through_transformers(model, folder)
+        return through_transformers(model, str(folder))
     check_same_buffers(buffers, shards.chosen({n: n for n in shards if n in buffers}))
     deltas, norms = differences(own, shards.chosen(placed))
     return Update(deltas, norms, f"fine-tune {folder.name}")
@@ -167,21 +169,37 @@ def _without_copies(shards: Shards, other: Shards) -> Shards:
     return shards.chosen({name: name for name in kept})
 
 
-def _through_transformers(model: nn.Module, folder: Path) -> Update:
-    """Folder − model, with the whole tuned model in memory."""
-    from safetensors import SafetensorError
+@dataclass(frozen=True)
+class _Informed:
+    """A model class that also says what it did not find in the files."""
 
-    loader: Any = type(model)
-    try:
-        tuned, info = loader.from_pretrained(
-            str(folder), dtype="auto", use_safetensors=True, output_loading_info=True
+    loader: Any
+
+    def from_pretrained(self, name: str, **settings: Any) -> Any:
+        return self.loader.from_pretrained(name, output_loading_info=True, **settings)
+
+
+def through_transformers(model: nn.Module, name: str) -> Update:
+    """Tuned − model, with the whole tuned model in memory.
+
+    Args:
+        model: The base.
+        name: Folder or hub id of the tuned model.
+
+    Raises:
+        FileFormatError: If nothing can be loaded from there.
+        UpdateMismatchError: If parameters are missing there, or have other shapes.
+        UpdateError: If the model is not of transformers, or the two are equal.
+    """
+    if not hasattr(model, "from_pretrained"):
+        raise UpdateError(
+            f"{type(model).__name__} cannot load {name!r}: only Hugging Face models "
+            "can be read from a hub id. Pass the tuned model itself, or its folder."
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().rstrip(".")
-        raise FileFormatError(f"Cannot load a model from {folder}: {said}.") from None
+    tuned, info = load_model(_Informed(type(model)), name)
     if missing := sorted(info["missing_keys"]):
         raise UpdateMismatchError(
-            f"{folder} lacks {len(missing)} of the parameters of a "
+            f"{name} lacks {len(missing)} of the parameters of a "
             f"{type(model).__name__}: `{missing[0]}`"
             f"{', …' if len(missing) > 1 else ''}. They would be drawn at random. Load "
             "the base with the class that the tuned model was saved with."

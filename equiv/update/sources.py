@@ -8,9 +8,9 @@ from torch import nn
 
 from equiv.errors import FileFormatError, UpdateError
 from equiv.model.guard import check_finite
-from equiv.model.loading import hub_file, is_local, load_model
+from equiv.model.loading import hub_file, is_local
 from equiv.update.adapter_files import from_directory
-from equiv.update.checkpoints import from_file, from_folder
+from equiv.update.checkpoints import from_file, from_folder, through_transformers
 from equiv.update.fitting import fitted
 from equiv.update.merging import from_model
 from equiv.update.peft_names import has_adapters, inside
@@ -24,9 +24,9 @@ def resolve(model: nn.Module, delta_w: object) -> Update:
     Args:
         model: The base.
         delta_w: A mapping of parameter name → difference, an `Update`, a tuned model
-            of the same architecture, a `PeftModel` (also one that wraps `model`
-            itself), or a path or hub id of a tuned model, adapter or safetensors file
-            of differences.
+            of the same architecture, a `PeftModel` or a model with adapters in it (also
+            `model` itself), or a path or hub id: of a tuned model, a checkpoint of its
+            training, an adapter, or a safetensors file of differences.
 
     Raises:
         UpdateError: If it is of no such kind, or empty.
@@ -81,13 +81,4 @@ def _load(model: nn.Module, name: str) -> Any:
     if (config := hub_file(name, "adapter_config.json")) is not None:
         hub_file(name, "adapter_model.safetensors")
         return from_directory(config.parent, model)
-    return _load_model(model, name)
-
-
-def _load_model(model: nn.Module, name: str) -> nn.Module:
-    if not hasattr(model, "from_pretrained"):
-        raise UpdateError(
-            f"{type(model).__name__} cannot load {name!r}: only Hugging Face models "
-            "can be read from a path or hub id. Pass the tuned model itself."
-        )
-    return load_model(type(model), name)
+    return through_transformers(model, name)
