@@ -445,3 +445,11 @@ def test_another_base_s_weights_are_part_of_the_update() -> None:
     assert update.source == "LoRA, 1 of the base's own weights differ"
     for dtype in (torch.float32, torch.bfloat16):  # rounding is no difference
         assert resolve(base_model(family, dtype), model).source == "LoRA"
+
+
+def test_an_adapter_that_changes_nothing_is_refused() -> None:
+    config, settings, family = KINDS["IA3"]  # starts from factors of exactly 1
+    made = getattr(peft, config)(**settings)
+    fresh = peft.get_peft_model(base_model(family, F64), made)
+    with pytest.raises(equiv.UpdateError, match="change nothing"):
+        equiv.Update.from_peft(fresh)

@@ -55,6 +55,10 @@ def from_model(adapted: nn.Module, model: nn.Module | None = None) -> Update:
     if model is not None and (apart := base_differences(base, model)):
         deltas = _added(deltas, apart)
         source += "" if moved else f", {len(apart)} of the base's own weights differ"
+    if not deltas:
+        raise UpdateError(
+            "The active adapters change nothing: is one active, and was it trained?"
+        )
     return Update.from_dict(each_once(deltas, base), source=source)
 
 
