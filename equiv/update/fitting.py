@@ -104,9 +104,10 @@ def _unknown(name: str, model: nn.Module, known: Collection[str]) -> str:
     path, _, last = name.rpartition(".")
     if last == "bias" and f"{path}.weight" in known:
         return (
-            f"The update adds a bias to `{path}`, which has none in the base, so there "
-            "is no parameter to move. Give the base's layer a bias of zeros first; for "
-            "steering that does the same there is `equiv.to_steering`."
+            f"The update has `{name}`, which {type(model).__name__} does not have: the "
+            "layer is without a bias in the base, so there is no parameter to move. "
+            "Give it a bias of zeros first; for steering that does the same there is "
+            "`equiv.to_steering`."
         )
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f" Did you mean `{close[0]}`?" if close else ""
