@@ -13,10 +13,6 @@
       - It is 0 when the columns of X are linearly independent: at most d tokens for a
         linear steer, d + 1 for an affine one (a row of ones added to X), one for a
         fixed vector (X the row of ones).
-      - Linearly independent shifts, the columns of S, determine the shares c with which
-        they were added: S c = S c' only for c = c'.
-      - The best fixed vector is the mean of the targets, m, and leaves
-        ||Y||^2 - T ||m||^2.
 
     Assumptions.  Any ordered field.  Moments are those of the given tokens: nothing
     is said about tokens that were not used. *)
@@ -89,59 +85,3 @@ by exists (Y *m pinvmx X); rewrite -mulmxA mulVpmx ?mulmx1.
 Qed.
 
 End LeastSquares.
-
-(** Linearly independent columns of S: the sum S c determines the shares c. *)
-Theorem shares_determined (F : fieldType) N L (S : 'M[F]_(N, L)) (c c' : 'cV_L) :
-  \rank S = L -> S *m c = S *m c' -> c = c'.
-Proof.
-move=> rS E; have full : row_full S by rewrite /row_full rS.
-by rewrite -[c]mul1mx -[c']mul1mx -(mulVpmx full) -!mulmxA E.
-Qed.
-
-Section FixedVector.
-Variables (R : realFieldType) (o T : nat) (Y : 'M[R]_(o, T.+1)).
-
-(** The mean of the columns of Y. *)
-Definition column_mean : 'cV[R]_o := T.+1%:R^-1 *: (Y *m const_mx 1).
-
-(** v at every token: the columns of v 1^T are all v. *)
-Definition at_every_token (v : 'cV[R]_o) : 'M[R]_(o, T.+1) := v *m const_mx 1.
-
-(** 1^T 1 = T *)
-Lemma ones_ones :
-  (const_mx 1 : 'rV[R]_T.+1) *m (const_mx 1 : 'cV_T.+1) = T.+1%:R%:M.
-Proof.
-apply/matrixP=> i j; rewrite !ord1 !mxE (eq_bigr (fun=> 1)) => [|k _].
-  by rewrite sumr_const card_ord mulr1n.
-by rewrite !mxE mulr1.
-Qed.
-
-(** ||v 1^T||^2 = T ||v||^2 *)
-Lemma frob_at_every_token v : frob (at_every_token v) = T.+1%:R * sqn v.
-Proof.
-rewrite frobE (eq_bigr (fun=> sqn v)) => [|j _].
-  by rewrite sumr_const card_ord mulr_natl.
-congr sqn; apply/colP=> i; rewrite /at_every_token !mxE big_ord1.
-by rewrite [const_mx _ _ _]mxE mulr1.
-Qed.
-
-(** The mean solves the normal equations of a fixed vector. *)
-Lemma mean_least_squares : least_squares (const_mx 1 : 'rV_T.+1) Y column_mean.
-Proof.
-rewrite /least_squares trmx_const mulmxBl -mulmxA ones_ones mul_mx_scalar.
-by rewrite scalerA mulfV ?pnatr_eq0 // scale1r subrr.
-Qed.
-
-(** ||Y - v 1^T||^2 = ||Y||^2 - T ||m||^2 + T ||m - v||^2, m the mean: the mean is the
-    best fixed vector, and it leaves ||Y||^2 - T ||m||^2. *)
-Theorem best_fixed_vector v :
-  frob (Y - at_every_token v)
-    = frob Y - T.+1%:R * sqn column_mean + T.+1%:R * sqn (column_mean - v).
-Proof.
-rewrite (least_squares_split mean_least_squares v) -mulmxBl.
-have := least_squares_split mean_least_squares 0.
-rewrite !mul0mx !subr0 -!/(at_every_token _) !frob_at_every_token => ->.
-by rewrite addrK.
-Qed.
-
-End FixedVector.

@@ -14,7 +14,8 @@
         ||p + w - A v||^2 = ||p - A v||^2 + ||w||^2 whatever v is: w is never reached.
 
     Not said here.  When W_d has full row rank (the usual case: n > d) there is no
-    such w, and the restriction is empty for a single token. *)
+    such w, and the restriction is empty for a single token, to first order.  Where A
+    is ill-conditioned v is large, and the first order says little about it. *)
 From mathcomp Require Import all_ssreflect all_algebra.
 From Equiv Require Import basics glu_expansion.
 Set Implicit Arguments.
