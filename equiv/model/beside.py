@@ -2,10 +2,11 @@
 
 Each block's call is recorded once, at the base. A parameter that is in an argument of
 it, such as a table of relative positions that every block attends with, would move the
-blocks in a way that no stage sees.
+blocks in a way that no stage sees. Which do is tried out: some code takes no part in
+automatic differentiation.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,47 +16,45 @@ from equiv.model.stubs import Calls
 
 
 def beside_the_stream(
+    names: Iterable[str],
     tensors: Mapping[str, Tensor],
-    parameters: Container[str],
+    base: Calls,
     run: Callable[[Mapping[str, Tensor], Calls], object],
-) -> frozenset[str]:
-    """Parameters that the arguments of the blocks' calls are made of.
+) -> list[str]:
+    """Those of some parameters that the arguments of the blocks' calls change with.
 
     Args:
+        names: The parameters in question.
         tensors: Parameters and buffers outside the blocks, by name.
-        parameters: Which of them are parameters.
+        base: How the blocks are called with these.
         run: Runs what comes before the blocks on such tensors, and records the calls.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        own = {
-            name: _leaf(value) if name in parameters else value
-            for name, value in tensors.items()
-        }
+
+    def change(moved: Iterable[str]) -> bool:
         calls: Calls = {}
-        run(own, calls)
-        made = [t.sum() for t in _tensors(list(calls.values())) if t.requires_grad]
-        if not made:
-            return frozenset()
-        wanted = {name: value for name, value in own.items() if value.requires_grad}
-        found = torch.autograd.grad(made, list(wanted.values()), allow_unused=True)
-    pairs = zip(wanted, found, strict=True)
-    return frozenset(name for name, gradient in pairs if gradient is not None)
+        run({**tensors, **{name: _moved(tensors[name]) for name in moved}}, calls)
+        pairs = zip(_tensors(base), _tensors(calls), strict=True)
+        return not all(torch.equal(one, other) for one, other in pairs)
+
+    asked = list(names)
+    if not asked or not change(asked):
+        return []
+    # Together they may do what none does alone.
+    return [name for name in asked if change([name])] or asked
 
 
-def _leaf(value: Tensor) -> Tensor:
-    """The same numbers, to be differentiated by."""
-    if not value.is_floating_point():
-        return value
-    # What was made in inference mode can only be copied out of it.
-    own = value.clone() if value.is_inference() else value.detach()
-    return own.requires_grad_()
+def _moved(value: Tensor) -> Tensor:
+    """Other numbers, also where they are zero."""
+    return value * 1.01 + 0.01
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Tensors in the arguments of calls, however deep."""
     if isinstance(value, Tensor):
         yield value
-    entries = value.values() if isinstance(value, Mapping) else value
-    if isinstance(entries, (tuple, list)) or isinstance(value, Mapping):
-        for entry in entries:
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            yield from _tensors(value[key])
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
             yield from _tensors(entry)

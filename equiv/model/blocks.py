@@ -20,17 +20,25 @@ class Blocks:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Those of `SITES` that the blocks have."""
-        return tuple(s for s in SITES if s in self._named)
+        """Those of `SITES` that every block has."""
+        own = [self.sites_of(layer) for layer in range(len(self.modules))]
+        return tuple(s for s in SITES if all(s in sites for sites in own))
 
     def sites_of(self, layer: int) -> tuple[str, ...]:
         """Every site that one block has, in the order in which it computes them."""
-        block, places = self.block(layer), self.architecture.places
-        return tuple(
-            site
-            for site in self._named
-            if site == "block_out" or submodule(block, places[site][0]) is not None
-        )
+        return tuple(site for site in self._named if self._has(layer, site))
+
+    def _has(self, layer: int, site: str) -> bool:
+        if site == "block_out":
+            return True
+        if (
+            site == "resid_mid"
+            and self.joins_middle
+            and not self._has(layer, "attn_out")
+        ):
+            return False  # it is written there
+        path = self.architecture.places.get(site, ("", ""))[0]
+        return bool(path) and submodule(self.block(layer), path) is not None
 
     @property
     def _named(self) -> tuple[str, ...]:
@@ -59,10 +67,10 @@ class Blocks:
             return Place(block, "output")
         if site not in FLOW:
             raise SiteError(f"Expected a site in {', '.join(FLOW)}, got {site!r}.")
-        path, side = known.places.get(site, ("", "output"))
-        module = submodule(block, path) if path else None
-        if module is None:
+        if not self._has(layer, site):
             raise SiteError(self._why_not(layer, site))
+        path, side = known.places[site]
+        module = block.get_submodule(path)
         write = site in ("attn_out", "mlp_out") and known.write_scale
         return Place(
             module,

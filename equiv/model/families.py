@@ -7,25 +7,31 @@ from equiv.model.architecture import Architecture as Architecture
 from equiv.model.blocks import Blocks as Blocks
 from equiv.model.blocks import list_of_blocks
 from equiv.model.blocks import model_type as model_type
+from equiv.model.discovery import discover
 from equiv.model.known_families import FAMILIES as FAMILIES
-from equiv.model.known_families import TABLE, architecture
+from equiv.model.known_families import REFUSED, architecture
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
     """The blocks of a Hugging Face model; `None` for a module that is one stage.
 
+    Of a family that is not in the table they are looked for, which runs the model on a
+    few random tokens, once.
+
     Raises:
-        UnsupportedModelError: If the family is not in the table.
+        UnsupportedModelError: If the blocks are not found, or it is not proven that
+            they are the model's.
     """
     family = model_type(model)
     if family is None:
         return None
+    if family in REFUSED:
+        raise UnsupportedModelError(
+            f"`{type(model).__name__}` (model type {family!r}) cannot be measured: "
+            f"{REFUSED[family]}."
+        )
     known = architecture(family, model.config)
     if known is None:
-        raise UnsupportedModelError(
-            f"No architecture entry for `{type(model).__name__}` (model type "
-            f"{family!r}); known: {', '.join(sorted(TABLE))}. Add a line to "
-            "`equiv.model.known_families.TABLE`."
-        )
+        return discover(model)
     path, modules = list_of_blocks(model, known)
     return Blocks(path, tuple(modules), known)

@@ -212,6 +212,9 @@ TABLE: dict[str, Architecture | Callable[[Any], Architecture]] = {
     "whisper": _WHISPER,
 }
 
+# Families that would be run at their owner's cost.
+REFUSED = {"rwkv": "its forward divides its own weights, in place"}
+
 
 def architecture(family: str, config: Any) -> Architecture | None:
     """How the blocks of a family are built; `None` if it is not in the table."""

@@ -213,7 +213,7 @@ class _Probe:
             yield self._landing(site, f"with a vector at {site}, {claim}", left - right)
         before = self.sites[: self.sites.index(site)]
         if self.known.parallel and site in ("attn_heads", "attn_out"):
-            before = (*before, "mlp_in", "mlp_out")
+            before = (*before, *(s for s in ("mlp_in", "mlp_out") if s in self.sites))
         for other in before:
             if self.joins and (other, site) == ("attn_out", "resid_mid"):
                 continue

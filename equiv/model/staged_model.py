@@ -84,7 +84,7 @@ class StagedModel:
         self.calls: list[Calls] = []
         self.stages: list[Stage] = []
         self.output_site = OUTPUT  # or LOGITS, once cut
-        self.beside: frozenset[str] = frozenset()
+        self._in_stream: set[str] = set()  # parameters that reach no block beside it
         self._hooks = Hooks()
         self._modules = dict(model.named_modules())
 
@@ -168,6 +168,11 @@ class StagedModel:
         seen = {site: self._hooks.writes.seen[site] for site in stage.sites}
         return output, {**seen, stage.output: output} if stage.name != "block" else seen
 
+    def whole(self, batch: int) -> Tensor:
+        """What the model returns when it is run as it is."""
+        tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
+        return model_output(self._forward(tensors, batch))
+
     def _run_block(
         self,
         stage: Stage,
@@ -241,9 +246,6 @@ class StagedModel:
         for batch in range(len(self.batches)):
             self.calls.append({})
             hidden = self._run_embed(tensors, batch, record=self.calls[batch])
-        self.beside = beside_the_stream(
-            tensors, self.parameters, lambda own, calls: self._run_embed(own, 0, calls)
-        )
         with stubs(self.blocks, enter=hidden):
             output = self._forward(tensors, len(self.batches) - 1)
         self.output_site = LOGITS if hasattr(output, LOGITS) else OUTPUT
@@ -256,15 +258,28 @@ class StagedModel:
     def check_update(self, names: Iterable[str]) -> None:
         """Refuse an update of what reaches the blocks beside the stream.
 
+        Args:
+            names: Parameters outside the blocks that it changes.
+
         Raises:
-            UnsupportedModelError: If one of these parameters does.
+            UnsupportedModelError: If one of these does.
         """
-        if lost := sorted(self.beside.intersection(names)):
+        asked = set(names) - self._in_stream
+        if self.blocks is None or not asked:
+            return
+        lost = beside_the_stream(
+            sorted(asked),
+            self.tensors(self.stages[0]),
+            self.calls[0],
+            lambda own, calls: self._run_embed(own, 0, calls),
+        )
+        if lost:
             raise UnsupportedModelError(
                 f"`{lost[0]}` of {type(self.model).__name__} reaches the blocks beside "
                 "the stream: no site sees all of what an update of it does. Restrict "
                 "the update to other weights."
             )
+        self._in_stream |= asked
 
     def _names_under(self, prefix: str) -> tuple[str, ...]:
         return tuple(name for name in self.tensors_of_model if name.startswith(prefix))
