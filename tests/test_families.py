@@ -113,6 +113,17 @@ def test_default_sites_are_those_that_the_blocks_have() -> None:
     assert found.holds
 
 
+@pytest.mark.parametrize("family", ["vit", "mixtral"])
+def test_a_whole_check_holds(family: str) -> None:
+    """Images among the inputs, and blocks that lack a site."""
+    model = transformer(family, seed=6)
+    update = equiv.Update.random(model, 0.001, seed=0)
+    calls = [example(model, seed=seed) for seed in range(3)]
+    found = equiv.check(model, update, calls, forms=("vector",), dtype=torch.float64)
+    assert found.holds
+    assert {row.site for row in found.rows} >= {"attn_out", "mlp_out", "block_out"}
+
+
 def test_experts_without_a_derivative_are_computed_one_by_one_and_put_back() -> None:
     model = transformer("mixtral", seed=5, dtype=torch.float32)
     update = equiv.Update.random(model, 0.001, seed=0)

@@ -85,7 +85,7 @@ class Blocks:
         if site == "resid_mid" and self.architecture.parallel:
             reason = "its attention and MLP read the same stream, so none lies between"
         elif site == "mlp_hidden" and self.architecture.mlp:
-            reason = "its MLP is a mixture of experts, which have one each"
+            reason = "its MLP has no one last layer, as in a mixture of experts"
         else:
             reason = "no module of it gives or takes that"
         has = ", ".join(self.sites_of(layer))

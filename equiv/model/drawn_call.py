@@ -38,7 +38,8 @@ def drawn_call(model: nn.Module) -> Batch | None:
 
 
 def _ids(model: Any) -> Tensor | None:
-    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    size = getattr(config, "vocab_size", None)
     if not isinstance(size, int):
         return None
     generator = torch.Generator().manual_seed(0)

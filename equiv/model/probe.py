@@ -119,9 +119,8 @@ _PROVEN: set[object] = set()
 
 def _key(model: nn.Module, blocks: Blocks) -> object:
     """What decides where the sites are: the class, the configuration, the modules."""
-    config = model.config.to_json_string(use_diff=False)  # type: ignore[union-attr]
     made = tuple(dict.fromkeys(_make(block) for block in blocks.modules))
-    return type(model), config, made, blocks.architecture
+    return type(model), repr(model.config), made, blocks.architecture
 
 
 def _make(block: nn.Module) -> tuple[tuple[str, type], ...]:
