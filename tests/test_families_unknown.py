@@ -218,7 +218,8 @@ def _t5() -> Any:
 def _mae() -> Any:
     from transformers import ViTMAEConfig, ViTMAEModel
 
-    return ViTMAEModel(ViTMAEConfig(**_IMAGES))
+    # Four of sixteen patches are kept: two draws that agree are one in thousands.
+    return ViTMAEModel(ViTMAEConfig(**{**_IMAGES, "image_size": 16}))
 
 
 def _xlnet() -> Any:
@@ -247,9 +248,15 @@ def _sound() -> Any:
     ],
 )
 def test_what_cannot_be_proven_is_refused_by_name(make: Any, says: str) -> None:
-    model = make().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
     kind, family = type(model).__name__, model.config.model_type
-    with pytest.raises(equiv.UnsupportedModelError, match=says) as caught:
+    with (
+        torch.random.fork_rng(devices=[]),
+        pytest.raises(equiv.UnsupportedModelError, match=says) as caught,
+    ):
+        torch.manual_seed(0)
         find_blocks(model)
     assert kind in str(caught.value) and repr(family) in str(caught.value)
     assert "known_families.TABLE" in str(caught.value)

@@ -43,11 +43,12 @@ def discover(model: nn.Module) -> Blocks:
     Raises:
         UnsupportedModelError: If it has none, or cannot be run block by block.
     """
-    if model not in _FOUND:
-        path, modules = _largest_list(model)
+    path, modules = _largest_list(model)
+    found = _FOUND.get(model)
+    if found is None or found.modules != tuple(modules):  # blocks may be replaced
         with measured(model), torch.no_grad():
-            _FOUND[model] = _proven(model, path, modules)
-    return _FOUND[model]
+            found = _FOUND[model] = _proven(model, path, modules)
+    return found
 
 
 def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -85,11 +85,7 @@ class Recording:
         return [name for name in (*made, *before) if name not in self._norms()]
 
     def _norms(self) -> list[str]:
-        """Modules that, of a doubled input, would give the same: by their numbers.
-
-        A norm's output has one size for every token, its weight aside; here it is
-        enough that it is no linear layer, changes what it is given, and has no parts.
-        """
+        """What may be a norm: has no parts, is not linear, changes what it is given."""
         names = set(self.inputs)
         return [
             name
