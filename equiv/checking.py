@@ -13,7 +13,7 @@ from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
 from equiv.model.sites import SITES
 from equiv.report.report import Report
-from equiv.settings import as_settings
+from equiv.settings import as_settings, with_sites
 from equiv.steering.forms.form import FORMS
 from equiv.update.inputs import inputs_for
 from equiv.update.sources import resolve
@@ -49,8 +49,9 @@ def check(
             (sampled from the base and the tuned model), texts or conversations with
             `tokenizer`, a `Path` of a file of them, a `datasets.Dataset`, a tensor, a
             mapping of keyword arguments, or an iterable of those.
-        sites: Where to measure and steer; see `equiv.model.sites`. For a plain module,
-            names of submodules. `None` for all.
+        sites: Where to measure and steer, by name or pattern such as "mlp_*"; see
+            `equiv.model.sites`. For a plain module, names of submodules. `None` for
+            all.
         layers: Blocks that become rows; `None` for all.
         forms: Forms of steering to fit: "vector", "affine".
         rank: Rank of the affine map; ranks 1 and full are measured beside it.
@@ -102,6 +103,7 @@ def check(
     chosen = as_layers(layers, len(blocks.modules) if blocks else 1)
     with measured(model), progress_bar(progress) as bar:
         kind, batches = inputs_for(model, update, inputs, tokenizer, settings.seed)
+        settings = with_sites(settings, model, batches, blocks)
         run = Measurement(model, update, settings, batches, chosen, kind, bar)
         step(bar, "inputs")
         return run.report(run.calculus())

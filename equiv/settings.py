@@ -1,9 +1,10 @@
 """What a check was asked for, in the one form that is used inside."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from equiv.arguments import (
     as_choice,
@@ -14,6 +15,9 @@ from equiv.arguments import (
     as_seed,
 )
 from equiv.errors import SiteError
+from equiv.model.batches import Batch
+from equiv.model.choosing import block_sites, module_sites
+from equiv.model.families import Blocks
 from equiv.model.sites import SITES, Site
 from equiv.shift.calculus import Curve, RowKey
 from equiv.shift.derivative import CHOICES
@@ -104,3 +108,22 @@ def as_settings(
         as_seed(seed),
         as_choice("derivative", derivative, CHOICES),
     )
+
+
+def with_sites(
+    settings: Settings,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    blocks: Blocks | None,
+) -> Settings:
+    """The settings with the sites that the model has for the names and patterns.
+
+    Raises:
+        SiteError: If there is none for one of them.
+    """
+    if settings.sites is None:
+        return settings
+    if blocks is not None:
+        return replace(settings, sites=block_sites(blocks, settings.sites))
+    dtype = settings.order_dtype
+    return replace(settings, sites=module_sites(model, batches, dtype, settings.sites))

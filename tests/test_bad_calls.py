@@ -261,7 +261,7 @@ TABLE = {
     ),
     "a submodule that is not there": Bad(
         equiv.SiteError,
-        ("Expected sites among 0, 1, 2", "'7'"),
+        ("`7` is no site", "there are 0, 1, 2"),
         lambda: equiv.check(net(), one(), torch.ones(5, 3), sites=("7",)),
     ),
     "a string of sites": Bad(

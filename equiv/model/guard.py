@@ -70,23 +70,29 @@ def kept(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
     """Put back what modules note down about themselves during a forward.
 
     Rotary embeddings that stretch with the sequence, for instance, keep the longest
-    length seen, and the next forward would be another function.
+    length seen, and the next forward would be another function. Parameters too:
+    `functional_call` leaves its own in a module that goes by two names.
 
     Args:
         model: The model.
         buffers: Whether buffers that were changed in place are put back too.
     """
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    held = [b for _, _, own in before for b in own.values() if b is not None]
+    before = [
+        (m, dict(vars(m)), dict(m._buffers), dict(m._parameters))
+        for m in model.modules()
+    ]
+    held = [b for _, _, own, _ in before for b in own.values() if b is not None]
     copies = [(b, b._version, b.clone()) for b in held] if buffers else []
     try:
         yield
     finally:
-        for module, attributes, own in before:
+        for module, attributes, own, parameters in before:
             vars(module).clear()
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(own)
+            module._parameters.clear()
+            module._parameters.update(parameters)
         for buffer, version, copy in copies:
             if buffer._version != version:
                 buffer.copy_(copy)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from equiv.arguments import as_choice, as_dtype, as_layers, as_names, shown
 from equiv.errors import SiteError
 from equiv.model.batches import Batch
+from equiv.model.choosing import block_sites, module_sites
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
@@ -162,7 +163,7 @@ def shifts(
         model: A Hugging Face model of a known family, or any module.
         delta_w: The update, in any form that `equiv.check` takes.
         inputs: Texts, a tensor, a mapping or an iterable, as for `equiv.check`.
-        sites: Sites wanted; `None` for all.
+        sites: Sites wanted, by name or pattern; `None` for all.
         layers: Layers wanted; `None` for all.
         tokenizer: Tokenizer for texts.
         dtype: Compute dtype, torch.float32 or torch.float64.
@@ -195,9 +196,14 @@ def shifts(
         raise SiteError("Expected at least one site, got none.")
     count = len(blocks.modules) if blocks else 1
     picked = as_layers(layers, count) or tuple(range(count))
-    if unknown := [s for s in chosen or () if blocks is not None and s not in FLOW]:
-        raise SiteError(f"Expected sites in {', '.join(FLOW)}, got {unknown}.")
+    if blocks is not None and chosen:
+        chosen = block_sites(blocks, chosen)
+        if unknown := [site for site in chosen if site not in FLOW]:
+            raise SiteError(f"Expected sites in {', '.join(FLOW)}, got {unknown}.")
     batches = from_inputs(model, inputs, tokenizer, keep_empty=True)
+    if blocks is None and chosen:
+        with measured(model):
+            chosen = module_sites(model, batches, dtype, chosen)
     return Shifts(model, update, batches, dtype, chosen, picked, derivative)
 
 
