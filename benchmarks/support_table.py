@@ -35,11 +35,11 @@ from torch import Tensor
 
 import equiv
 from benchmarks.support_witness import (
-    PLACES,
     Key,
     Places,
     at_scale,
     central_difference,
+    places_of,
 )
 from equiv.model.families import find_blocks
 from equiv.model.guard import measured
@@ -101,8 +101,9 @@ class Family:
         relative_norm: float = RELATIVE_NORM,
         **config: Any,
     ) -> None:
-        self.family, self.places = family, PLACES[family]
+        self.family = family
         self.model = transformer(family, seed=seed, **config)
+        self.places = places_of(family, self.model.config)
         self.call = example(self.model, seed=seed)
         drawn = equiv.Update.random(self.model, relative_norm, seed=seed)
         self.deltas = {

@@ -6,7 +6,7 @@ measured there is compared with these.
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -164,6 +164,23 @@ PLACES: dict[str, Places] = {
     ),
     "whisper": Places("layers", _OPT),
 }
+
+
+def places_of(family: str, config: Any) -> Places:
+    """Where a family's sites are, as its configuration chooses."""
+    known = PLACES[family]
+    sites = dict(known.sites)
+    if family == "opt" and not config.do_layer_norm_before:
+        sites["resid_mid"] = "self_attn_layer_norm"
+    if family == "gpt_neox" and not config.use_parallel_residual:
+        sites["resid_mid"] = "post_attention_layernorm<"
+    if family == "falcon" and not (
+        config.new_decoder_architecture or config.parallel_attn
+    ):
+        sites["resid_mid"] = "post_attention_layernorm<"
+    if family == "stablelm" and config.use_parallel_residual:
+        del sites["resid_mid"]
+    return replace(known, sites=sites)
 
 
 def activations(
