@@ -22,7 +22,8 @@ proofs:
 # The property tests with fifty times as many examples: about an hour.
 sweep: $(ENV)/installed
 	SWEEP=50 $(RUN)/python -m pytest -n 2 --hypothesis-show-statistics \
-		tests/test_properties.py tests/test_fits.py tests/test_attention.py
+		tests/test_properties.py tests/test_fits.py tests/test_attention.py \
+		tests/test_proofs*.py tests/test_symbolic*.py
 
 format: $(ENV)/installed
 	$(RUN)/ruff format .
