@@ -68,3 +68,21 @@ def test_where_no_rule_holds_none_is_applied(family: str) -> None:
     update = {name: torch.ones_like(model.get_parameter(name))}
     with pytest.raises(equiv.UnsupportedModelError, match="no rule is for them"):
         equiv.to_steering(update, model)
+
+
+@pytest.mark.parametrize("family", ["cohere", "phi", "gptj", "falcon"])
+def test_in_parallel_blocks_a_vector_is_the_same_wherever_it_is_written(
+    family: str,
+) -> None:
+    """The MLP does not read what attention adds: all three writes are one sum."""
+    model = transformer(family, seed=1)
+    call, update = example(model), equiv.Update.random(model, 0.05, seed=2)
+    found = [
+        equiv.fit_sequential(
+            model, update, call, site=site, form="vector", dtype=torch.float64, ridge=0
+        )
+        for site in ("attn_out", "mlp_out", "block_out")
+    ]
+    for one in found[1:]:
+        for mine, first in zip(one.values(), found[0].values(), strict=True):
+            torch.testing.assert_close(mine.vector, first.vector, rtol=0, atol=1e-12)  # pyright: ignore

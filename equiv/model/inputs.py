@@ -79,6 +79,11 @@ def from_inputs(
     return [piece for batch in batches for piece in pieces(batch, keep_empty, room)]
 
 
+def are_texts(inputs: object) -> bool:
+    """Whether inputs are texts, conversations or rows of a table."""
+    return rows_in(_opened(inputs)) is not None
+
+
 def _opened(inputs: object) -> object:
     """A tensor, array or mapping as it is; whatever else can be iterated as a list."""
     if isinstance(inputs, str):

@@ -56,7 +56,12 @@ _BERT = {
     "initializer_range": _SPREAD,
 }
 
-_GEMMA2 = {**_LLAMA, "query_pre_attn_scalar": 8, "sliding_window": 32}
+_GEMMA2 = {
+    **_LLAMA,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 32,
+    "pad_token_id": None,
+}
 # Some layers see four tokens back, some all of them.
 _SLIDING = {
     "sliding_window": 4,

@@ -1,6 +1,6 @@
 """What an update is measured on: the caller's inputs, or ones made for it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.func import functional_call
 from equiv.errors import InputsError
 from equiv.model.batches import Batch
 from equiv.model.drawn import random_inputs, sampled
-from equiv.model.inputs import from_inputs
+from equiv.model.inputs import are_texts, from_inputs
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
 
@@ -28,10 +28,8 @@ def inputs_for(
         return "samples", from_inputs(model, _samples(model, update, seed))
     if isinstance(inputs, Iterator):
         inputs = list(inputs)
-    texts = isinstance(inputs, str) or (
-        isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
-    )
-    return ("texts" if texts else "given"), from_inputs(model, inputs, tokenizer)
+    kind = "texts" if are_texts(inputs) else "given"
+    return kind, from_inputs(model, inputs, tokenizer)
 
 
 def _samples(model: nn.Module, update: Update, seed: int) -> Tensor:

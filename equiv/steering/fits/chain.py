@@ -84,9 +84,10 @@ def writes_through(cut: StagedModel, site: str) -> bool:
     """Whether what is added at a write site reaches the block's output unchanged."""
     if cut.blocks is None:
         return False
-    return site == "block_out" or (
-        site == "mlp_out" and cut.blocks.architecture.plain_add
-    )
+    known = cut.blocks.architecture
+    if site == "attn_out":  # in parallel blocks the MLP does not read it
+        return known.parallel and known.plain_add
+    return site == "block_out" or (site == "mlp_out" and known.plain_add)
 
 
 def aim(cut: StagedModel, site: str, target: str) -> str:
