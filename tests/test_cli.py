@@ -88,6 +88,8 @@ def test_jsonl_inputs_and_the_limit(
         (["check", BASE, LORA, "--rank", "two"], "valid integer"),
         (["check", BASE, LORA, "--rank", "0"], "Expected `rank`"),
         (["check", BASE, LORA, "--at", "end"], "both, base, midpoint"),
+        (["check", BASE, LORA, "--derivative", "left"], "forward, central"),
+        (["check", BASE, LORA, "--site", "nowhere"], "nowhere"),
         (["check", BASE, LORA, "--colour"], "No such option"),
         (["check", BASE, LORA, "--inputs", "/no/file"], "does not exist"),
         (["check", "/no/model", LORA], "no config.json"),
@@ -253,3 +255,13 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -
     for word in ("LoRA", "all weights", "What this means", "exact oracle", "▒"):
         assert word in shown
     assert page.stat().st_size > 50_000
+
+
+def test_finite_differences_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    asked = ["--site", "block_out", "--derivative", "central", "--at", "base"]
+    assert main(["check", BASE, LORA, *asked, "--json", str(path)]) in (0, 1)
+    rows = Report.from_json(path).rows
+    assert rows and {row.derivative for row in rows if row.site == "block_out"} == {
+        "central"
+    }

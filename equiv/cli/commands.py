@@ -86,6 +86,13 @@ def check(
     at: Annotated[
         str, typer.Option(help='Where to linearise: "both", "base" or "midpoint".')
     ] = "both",
+    derivative: Annotated[
+        str,
+        typer.Option(
+            help='"forward": exact; "central": finite differences, for models with an '
+            "operation that cannot be differentiated."
+        ),
+    ] = "forward",
     seed: Annotated[int, typer.Option(help="Draws the held-out quarter.")] = 0,
     json: JsonFile = None,
     html: HtmlFile = None,
@@ -114,6 +121,7 @@ def check(
         max_remainder=max_remainder,
         rank=rank,
         at=at,
+        derivative=derivative,
         seed=seed,
         progress=True,
     )

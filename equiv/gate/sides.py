@@ -14,9 +14,9 @@ from equiv.model.guard import check_model
 from equiv.model.loading import load_saved
 from equiv.model.sites import SiteKey, model_output
 from equiv.steering.forms.form import Steering
-from equiv.update.adapters import clean, is_own
+from equiv.update.adapters import clean, is_own, is_peft
 from equiv.update.low_rank import LowRank
-from equiv.update.sources import is_peft, resolve
+from equiv.update.sources import resolve
 from equiv.update.update import Update
 
 # Token ids [batch, seq] → logits [batch, seq, vocab], or `TopK`.

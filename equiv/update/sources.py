@@ -14,7 +14,6 @@ from equiv.update.checkpoints import from_file, from_folder, through_transformer
 from equiv.update.fitting import fitted
 from equiv.update.merging import from_model
 from equiv.update.peft_names import has_adapters, inside
-from equiv.update.peft_names import is_peft as is_peft
 from equiv.update.update import Update
 
 
