@@ -75,9 +75,8 @@ def write(
     if 0 in found and not drop_layer0:
         raise ArgumentError(
             "The steering has a vector at layer 0, where llama.cpp steers nothing: it "
-            "throws away the whole file. `drop_layer0=True` (--drop-layer0) leaves that "
-            "vector out; "
-            "`equiv.to_weights(steering, model)` keeps it, as a bias."
+            "throws away the whole file. `drop_layer0=True` (--drop-layer0) leaves "
+            "that vector out; `equiv.to_weights(steering, model)` keeps it, as a bias."
         )
     if found.pop(0, None) is not None:
         warnings.warn("The vector at layer 0 is left out of the file.", stacklevel=2)
