@@ -12,18 +12,15 @@ has seen.
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import equiv
-from benchmarks.steering_table import Subject, demo_subjects
+from benchmarks.steering_table import Subject, demo_subjects, write
 from equiv.report.numbers import between, figure, percent
 from equiv.steering.fits.plan import Planned
 
@@ -125,9 +122,7 @@ def main() -> None:
             print(shown(row), flush=True)
             found.append(row)
     if arguments.json:
-        versions = {n: version(n) for n in ("equiv", "torch", "transformers", "scipy")}
-        content = {"machine": platform.machine(), "versions": versions, "rows": found}
-        arguments.json.write_text(json.dumps(content, indent=1))
+        write(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,13 @@ def shown(row: dict[str, Any]) -> str:
     )
 
 
+def write(path: Path, found: list[dict[str, Any]]) -> None:
+    """The rows as JSON, with what they were measured on."""
+    versions = {n: version(n) for n in ("equiv", "torch", "transformers", "scipy")}
+    content = {"machine": platform.machine(), "versions": versions, "rows": found}
+    path.write_text(json.dumps(content, indent=1))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Site × form × rank.")
@@ -199,9 +206,7 @@ def main() -> None:
             print(shown(row), flush=True)
             found.append(row)
     if arguments.json:
-        versions = {n: version(n) for n in ("equiv", "torch", "transformers", "scipy")}
-        content = {"machine": platform.machine(), "versions": versions, "rows": found}
-        arguments.json.write_text(json.dumps(content, indent=1))
+        write(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from equiv.arguments import as_layers
-from equiv.measuring import Measurement, progress_bar, step
+from equiv.measuring import Measurement
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
 from equiv.model.sites import SITES
+from equiv.progress import progress_bar, step
 from equiv.report.report import Report
 from equiv.settings import as_settings, with_sites
 from equiv.steering.forms.form import FORMS

@@ -13,6 +13,7 @@ from equiv.behaviour.spectra import RANKS, TOKENS, Spectrum, spectra
 from equiv.model.batches import Batch, at_most, split
 from equiv.model.sites import FLOW, read_and_written
 from equiv.model.stages import StagedModel, staged
+from equiv.progress import step
 from equiv.report import assemble
 from equiv.report.report import Report
 from equiv.report.values import Contributions, Radius, Subject, Superposition
@@ -349,17 +350,3 @@ def _versions() -> tuple[tuple[str, str], ...]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return tuple(found)
-
-
-def progress_bar(show: bool) -> Any:
-    """A progress bar on standard error; the full pass adds a step per stage."""
-    from tqdm import tqdm
-
-    layout = "{desc:<28} {bar:30} {n_fmt:>3}/{total_fmt} {elapsed}"
-    return tqdm(total=3, disable=not show, bar_format=layout, desc="equiv check")
-
-
-def step(bar: Any, done: str) -> None:
-    """Show what is done now."""
-    bar.set_description(f"equiv check: {done}", refresh=False)
-    bar.update()

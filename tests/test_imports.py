@@ -25,6 +25,7 @@ ROOMS = (
     "report",
     "designing",
     "settings",
+    "progress",
     "measuring",
     "checking",
     "gate",
