@@ -30,10 +30,10 @@ ROOMS = (
     "checking",
     "gate",
     "tasks",
-    "theory",
     "adapt",
     "demo",
     "testing",
+    "theory",
     "cli",
 )
 PUBLIC = (

@@ -196,7 +196,7 @@ def compare(
     )
     show(agreement, diagnosis)
     both = {"agreement": agreement, "diagnosis": diagnosis}
-    _write(json, partial(write_json, **both), html, partial(write_html, **both))
+    write_outputs(json, partial(write_json, **both), html, partial(write_html, **both))
     raise typer.Exit(0 if agreement.same else 1)
 
 
@@ -207,7 +207,7 @@ def demo(json: JsonFile = None, html: HtmlFile = None) -> None:
 
     check_outputs(json, html)
     report = run()
-    _write(json, report.to_json, html, report.to_html)
+    write_outputs(json, report.to_json, html, report.to_html)
 
 
 def check_outputs(*paths: Path | None) -> None:
@@ -242,15 +242,16 @@ def _show(report: "Report", json: Path | None, html: Path | None) -> None:
 
     console = Console(highlight=False)
     console.print(rendered(report), width=max(WIDTH, min(console.width, 100)))
-    _write(json, report.to_json, html, report.to_html)
+    write_outputs(json, report.to_json, html, report.to_html)
 
 
-def _write(
+def write_outputs(
     json: Path | None,
     as_json: Callable[[Path], None],
     html: Path | None,
     as_html: Callable[[Path], None],
 ) -> None:
+    """Write what was asked for, and say so."""
     for path, write in ((json, as_json), (html, as_html)):
         if path is None:
             continue

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         2
     """
     try:
-        from equiv.cli.steering import app
+        from equiv.cli.claims import app
     except ImportError as error:
         print(f"The command line needs more: pip install 'equiv[cli]' ({error})")
         return USAGE

@@ -2,14 +2,13 @@
 
 import math
 import re
-from importlib.resources import files
 from pathlib import Path
 
 from equiv.gate.picture import BOTTOM, LEFT, RIGHT, WIDTH, picture
 from equiv.gate.values import Agreement, Diagnosis
 from equiv.gate.wording import share_figure
 from equiv.report import numbers
-from equiv.report.page import page
+from equiv.report.page import page, style
 from equiv.report.prose import joined
 from equiv.writing import write_text
 
@@ -44,7 +43,7 @@ def to_html(agreement: Agreement | None, diagnosis: Diagnosis | None) -> str:
             "code": _code,
             "picture": picture,
         },
-        style=_style(),
+        style=style(),
         headline=_headline(agreement, diagnosis),
         agreement=agreement,
         diagnosis=diagnosis,
@@ -54,13 +53,6 @@ def to_html(agreement: Agreement | None, diagnosis: Diagnosis | None) -> str:
         right=WIDTH - RIGHT,
         bottom=BOTTOM,
     )
-
-
-def _style() -> str:
-    """The look of the report's page."""
-    source = files("equiv.report").joinpath("templates/report.html.j2")
-    text = source.read_text(encoding="utf-8")
-    return text[text.index("<style>") + len("<style>") : text.index("</style>")]
 
 
 def _headline(agreement: Agreement | None, diagnosis: Diagnosis | None) -> str:

@@ -33,3 +33,10 @@ def page(
     environment.filters.update(filters)
     source = files(package).joinpath(f"templates/{template}")
     return environment.from_string(source.read_text(encoding="utf-8")).render(**values)
+
+
+def style() -> str:
+    """The look that all pages share: that of the report's."""
+    source = files("equiv.report").joinpath("templates/report.html.j2")
+    text = source.read_text(encoding="utf-8")
+    return text[text.index("<style>") + len("<style>") : text.index("</style>")]

@@ -1,0 +1,132 @@
+"""Blocks small enough to check by hand, in float64: what exact claims are tested on.
+
+Vectors are rows, [tokens, d], and weights act from the right by their transpose, as in
+`torch.nn.functional.linear`:
+
+    y = W_d (φ(W_g u + b_g) ⊙ (W_u u + b_u)) + b_d
+
+Drawn weights have entries of size 1/√(inputs), so that activations are near 1 and a
+nonlinearity is really used.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.functional import gelu, linear, silu
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU."""
+    return gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a gated MLP, or an update of them; biases are zero where unused.
+
+    Attributes:
+        gate: W_g, [f, d].
+        up: W_u, [f, d].
+        down: W_d, [d, f].
+        gate_bias: b_g, [f].
+        up_bias: b_u, [f].
+        down_bias: b_d, [d].
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (getattr(self, field.name) for field in fields(self))
+
+    def plus(self, other: "Weights", scale: float = 1.0) -> "Weights":
+        """W + scale · other."""
+        return Weights(*(a + scale * b for a, b in zip(self, other, strict=True)))
+
+    def only(self, *names: str) -> "Weights":
+        """These tensors, the others zero."""
+        kept = {field.name: field.name in names for field in fields(self)}
+        return Weights(
+            *(
+                getattr(self, name) if keep else torch.zeros_like(getattr(self, name))
+                for name, keep in kept.items()
+            )
+        )
+
+
+class Draw:
+    """Normal tensors in float64, from a seed and from nothing else."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal entries."""
+        return torch.randn(*shape, generator=self._generator, dtype=torch.float64)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """Entries of variance 1 / columns: it keeps the size of what it acts on."""
+        return self.normal(rows, columns) / columns**0.5
+
+    def orthonormal(self, rows: int, columns: int) -> Tensor:
+        """Orthonormal columns, or rows where there are fewer of them."""
+        if rows < columns:
+            return self.orthonormal(columns, rows).T
+        return torch.linalg.qr(self.normal(rows, columns)).Q
+
+    def glu(self, width: int, hidden: int, *, biases: bool = False) -> Weights:
+        """Weights of a gated MLP."""
+        keep = float(biases)
+        return Weights(
+            self.matrix(hidden, width),
+            self.matrix(hidden, width),
+            self.matrix(width, hidden),
+            keep * self.normal(hidden),
+            keep * self.normal(hidden),
+            keep * self.normal(width),
+        )
+
+
+def hidden(w: Weights, u: Tensor, phi: Activation) -> Tensor:
+    """M = φ(a_g) ⊙ a_u, [tokens, f]."""
+    return phi(linear(u, w.gate, w.gate_bias)) * linear(u, w.up, w.up_bias)
+
+
+def glu(w: Weights, u: Tensor, phi: Activation = silu) -> Tensor:
+    """The gated MLP, [tokens, d]."""
+    return linear(hidden(w, u, phi), w.down, w.down_bias)
+
+
+def rms_norm(x: Tensor, eps: float = 0.0) -> Tensor:
+    """An RMS norm without weights."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def slope(phi: Activation, x: Tensor) -> Tensor:
+    """φ′, by forward mode."""
+    return jvp(phi, (x,), (torch.ones_like(x),))[1]
+
+
+def glu_jvp(w: Weights, update: Weights, u: Tensor, phi: Activation) -> Tensor:
+    """The derivative of the gated MLP along an update, by forward mode."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        return glu(Weights(*tensors), u, phi)
+
+    return jvp(run, tuple(w), tuple(update))[1]
