@@ -74,7 +74,7 @@ def claims(
 
     A file of your own claims is run alone, or with the numbers named beside it.
     """
-    from rich.console import Console
+    from rich.console import Console, Group
 
     from equiv.theory import run
     from equiv.theory.text import WIDTH, explained, rendered
@@ -98,8 +98,10 @@ def claims(
     )
     console = Console(highlight=False)
     console.width = min(WIDTH, console.width)
-    for part in map(explained, found) if explain else [rendered(found)]:
-        console.print(part)
+    if explain:
+        console.print(Group(*(part for j in found for part in (explained(j), ""))))
+    else:
+        console.print(rendered(found))
     write_outputs(json, found.to_json, html, found.to_html)
     raise typer.Exit(0 if found.sound else 1)
 

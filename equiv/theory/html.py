@@ -5,7 +5,7 @@ from pathlib import Path
 from equiv.report.page import page, style
 from equiv.report.prose import joined
 from equiv.theory.findings import Findings
-from equiv.theory.text import shown
+from equiv.theory.text import flat, shown
 from equiv.writing import write_text
 
 
@@ -23,7 +23,13 @@ def to_html(findings: Findings) -> str:
     return page(
         "equiv.theory",
         "claims.html.j2",
-        {"joined": joined, "shown": shown, "dashed": _dashed, "paragraphs": _split},
+        {
+            "joined": joined,
+            "shown": shown,
+            "flat": flat,
+            "dashed": _dashed,
+            "paragraphs": _split,
+        },
         style=style(),
         findings=findings,
         subject=findings.subject,

@@ -73,6 +73,7 @@ def identity(
     if wrong:
         text, verdict = "; ".join(wrong), Verdict.FAILS
     else:
-        text = f"{says} (largest difference {figure(max(equal.values()), 2)})"
+        largest = max(equal.values())
+        text = f"{says} (largest difference {figure(largest, 2)})" if largest else says
         verdict = Verdict.CONDITIONAL if conditions else Verdict.HOLDS
     return ClaimResult(verdict, text, conditions or {}, figures, as_written)

@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,7 @@ def _check(made: Claim) -> None:
             f"Expected {'a number' if own else 'a name'} as the id of a claim in "
             f"{made.test.__module__}, got {made.id!r}."
         )
-    as_choice("source", made.source.partition(":")[0], _SOURCES)
+    as_choice("source", re.split("[:;]", made.source)[0], _SOURCES)
     if (made.kind is Kind.TRAINED) != bool(made.study):
         raise ArgumentError(
             f"Claim {made.id!r}: a claim has a `study` if and only if its kind is "

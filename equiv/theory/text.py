@@ -82,6 +82,20 @@ def _listed(values: Mapping[str, Value]) -> str:
     return ", ".join(f"{name}: {shown(value)}" for name, value in values.items())
 
 
+def flat(values: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+    """Names and values, those of tables inside after the table's own name.
+
+    Example:
+        >>> list(flat({"a": {"x": 1, "y": 2}}))
+        [('a: x', 1), ('a: y', 2)]
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}: {key}", inner) for key, inner in flat(value))
+        else:
+            yield name, value
+
+
 def shown(value: Value) -> str:
     """A value of evidence in a few characters.
 
@@ -110,7 +124,7 @@ def explained(judged: Judged) -> RenderableType:
     parts: list[RenderableType] = [
         Prose(f"Claim {claim.id}: {claim.title}", style="bold"),
         Text(""),
-        Text(f"    {claim.formula}"),
+        Prose(claim.formula, indent="    "),
         Text(""),
         *_facts(judged),
         Text(""),
@@ -129,7 +143,7 @@ def explained(judged: Judged) -> RenderableType:
     if (found := judged.as_written) is not None:
         parts += [
             Text.assemble(("As written: ", "bold"), _verdict(found["verdict"])),
-            Prose(f"{found['statement']}. {found['says']}.", indent="  "),
+            Prose(f"“{found['statement']}”: {found['says']}.", indent="  "),
             *_figures("counterexample", found["counterexample"]),
             Text(""),
         ]
@@ -160,7 +174,7 @@ def _figures(title: str, values: Mapping[str, Value]) -> Iterator[RenderableType
     table = Table(box=None, show_edge=False, pad_edge=False, show_header=False)
     table.add_column("", ratio=2, overflow="fold")
     table.add_column("", ratio=3, overflow="fold")
-    for name, value in values.items():
+    for name, value in flat(values):
         table.add_row(f"    {name}", shown(value))
     yield Text(f"  {title}", style="dim")
     yield table

@@ -5,12 +5,15 @@ Vectors are rows, [tokens, d], and weights act from the right by their transpose
 
     y = W_d (φ(W_g u + b_g) ⊙ (W_u u + b_u)) + b_d
 
+Attention and whole blocks are in `toy_blocks.py`.
+
 Drawn weights have entries of size 1/√(inputs), so that activations are near 1 and a
 nonlinearity is really used.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch.func import jvp
 from torch.nn.functional import gelu, linear, silu
 
 Activation = Callable[[Tensor], Tensor]
+T = TypeVar("T", bound="Tensors")
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -32,9 +36,30 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+class Tensors:
+    """Weights by name, or an update of them: sums and selections."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for field in fields(cast(Any, self)):
+            yield getattr(self, field.name)
+
+    def plus(self, other: Self, scale: float = 1.0) -> Self:
+        """W + scale · other."""
+        return type(self)(*(a + scale * b for a, b in zip(self, other, strict=True)))
+
+    def only(self, *names: str) -> Self:
+        """These tensors, the others zero."""
+        every = [field.name for field in fields(cast(Any, self))]
+        kept = [
+            tensor if name in names else torch.zeros_like(tensor)
+            for name, tensor in zip(every, self, strict=True)
+        ]
+        return type(self)(*kept)
+
+
 @dataclass(frozen=True)
-class Weights:
-    """Weights of a gated MLP, or an update of them; biases are zero where unused.
+class Weights(Tensors):
+    """Weights of a gated MLP; biases are zero where unused.
 
     Attributes:
         gate: W_g, [f, d].
@@ -51,23 +76,6 @@ class Weights:
     gate_bias: Tensor
     up_bias: Tensor
     down_bias: Tensor
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (getattr(self, field.name) for field in fields(self))
-
-    def plus(self, other: "Weights", scale: float = 1.0) -> "Weights":
-        """W + scale · other."""
-        return Weights(*(a + scale * b for a, b in zip(self, other, strict=True)))
-
-    def only(self, *names: str) -> "Weights":
-        """These tensors, the others zero."""
-        kept = {field.name: field.name in names for field in fields(self)}
-        return Weights(
-            *(
-                getattr(self, name) if keep else torch.zeros_like(getattr(self, name))
-                for name, keep in kept.items()
-            )
-        )
 
 
 class Draw:
@@ -103,7 +111,7 @@ class Draw:
         )
 
 
-def hidden(w: Weights, u: Tensor, phi: Activation) -> Tensor:
+def hidden(w: Weights, u: Tensor, phi: Activation = silu) -> Tensor:
     """M = φ(a_g) ⊙ a_u, [tokens, f]."""
     return phi(linear(u, w.gate, w.gate_bias)) * linear(u, w.up, w.up_bias)
 
@@ -123,10 +131,15 @@ def slope(phi: Activation, x: Tensor) -> Tensor:
     return jvp(phi, (x,), (torch.ones_like(x),))[1]
 
 
-def glu_jvp(w: Weights, update: Weights, u: Tensor, phi: Activation) -> Tensor:
-    """The derivative of the gated MLP along an update, by forward mode."""
+def derivative(run: Callable[[T], Tensor], at: T, along: T) -> Tensor:
+    """The derivative of a function of weights along an update, by forward mode."""
 
-    def run(*tensors: Tensor) -> Tensor:
-        return glu(Weights(*tensors), u, phi)
+    def of_tensors(*tensors: Tensor) -> Tensor:
+        return run(type(at)(*tensors))
 
-    return jvp(run, tuple(w), tuple(update))[1]
+    return jvp(of_tensors, tuple(at), tuple(along))[1]
+
+
+def glu_jvp(w: Weights, update: Weights, u: Tensor, phi: Activation = silu) -> Tensor:
+    """The derivative of the gated MLP along an update of its weights."""
+    return derivative(lambda moved: glu(moved, u, phi), w, update)
