@@ -155,7 +155,8 @@ class Findings:
             found is not None and found["verdict"] is Verdict.FAILS
             for found in (judged.as_written for judged in self.judged)
         )
-        return f"{said}; as written {wrong} of them fail" if wrong else said
+        fail = "fails" if wrong == 1 else "fail"
+        return f"{said}; {wrong} {fail} as written" if wrong else said
 
     def to_dict(self) -> dict[str, Value]:
         """The findings as JSON holds them."""

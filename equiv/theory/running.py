@@ -120,6 +120,8 @@ def _settings(
             setting(name, base, update, lines, words, norm, seed)
             for name, update in tuned.items()
         ]
+    if isinstance(inputs, Iterator):
+        inputs = list(inputs)
     updates = update if isinstance(update, (list, tuple)) else [update]
     made = [setting("", model, u, inputs, tokenizer, norm, seed) for u in updates]
     if len({s.name for s in made}) < len(made):

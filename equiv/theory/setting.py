@@ -11,7 +11,8 @@ A test gets what its parameters name:
                 `SHIFT_TOKENS` tokens
     setting     all of this as one object, and `setting.random`: whether the inputs are
                 drawn token ids, good for the calculus only
-    norm        a `Norm`: Euclidean unless the caller chose another
+    norm        a `Norm`: Euclidean unless the caller chose another; changes are
+                measured in it by `setting.squared` and `setting.share`
     seed        an integer: draw from it and from nothing else
     results     for claims about trained models: what their study found
 
@@ -20,13 +21,12 @@ test that names none of the first seven needs no model, and is run once however 
 updates there are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from equiv.checking import check
 from equiv.model.batches import Batch, at_most
@@ -35,6 +35,7 @@ from equiv.model.families import find_blocks
 from equiv.model.guard import measured
 from equiv.report.report import Report
 from equiv.shift.activations import Shift, Shifts
+from equiv.theory.carrying import carried
 from equiv.theory.norms import Norm
 from equiv.update.inputs import inputs_for
 from equiv.update.sources import resolve
@@ -52,7 +53,7 @@ class Setting:
 
     Attributes:
         name: What the update is called in findings.
-        given: The inputs as the caller gave them.
+        given: The inputs as the caller gave them; they are read more than once.
     """
 
     name: str
@@ -94,14 +95,57 @@ class Setting:
         )
 
     @cached_property
+    def few(self) -> list[Batch]:
+        """The inputs that `shifts` is measured on."""
+        return at_most(self.inputs, SHIFT_TOKENS, self.seed)
+
+    def squared(self, layer: int, site: str, change: Tensor) -> Tensor:
+        """The squared length of a change at a site, per token, in the chosen norm.
+
+        A norm that is defined on logits gets the change carried to them, to first
+        order and at the base: what it would do to the model's answer.
+
+        Args:
+            layer: Index of the block.
+            site: Name of the site.
+            change: [sequences, tokens, d], laid out like the tensors of a `Shift`.
+
+        Returns:
+            [tokens that count], float64.
+        """
+        base = self.shifts[layer, site]
+        if not self.norm.of_logits:
+            return self.norm.squared(change, base.base)[base.mask]
+        rows = self._rows()
+        parts = [
+            change[[rows.index(n) for n in batch.index], : batch.mask.shape[1]]
+            for batch in self.few
+        ]
+        found = carried(self.model, self.few, layer, site, parts)
+        lengths = {
+            n: self.norm.squared(moved[i], output[i])[batch.mask[i]]
+            for batch, (moved, output) in zip(self.few, found, strict=True)
+            for i, n in enumerate(batch.index)
+        }
+        return torch.cat([lengths[n] for n in rows])
+
+    def share(self, layer: int, site: str, rest: Tensor, whole: Tensor) -> float:
+        """‖rest‖/‖whole‖ over all tokens, both changes at one site."""
+        sizes = [self.squared(layer, site, part).sum() for part in (rest, whole)]
+        return float((sizes[0] / sizes[1]).sqrt())
+
+    def _rows(self) -> list[int]:
+        """Which of the caller's sequences the rows of `shifts` are."""
+        return sorted(n for batch in self.few for n in batch.index)
+
+    @cached_property
     def shifts(self) -> dict[tuple[int, str], Shift]:
         """Exact, first-order and midpoint shifts at every site."""
         blocks = find_blocks(self.model)
-        few = at_most(self.inputs, SHIFT_TOKENS, self.seed)
         found = Shifts(
             self.model,
             self.update,
-            few,
+            self.few,
             torch.float64,
             block_sites(blocks, ["*"]) if blocks else None,
             tuple(range(len(blocks.modules) if blocks else 1)),
@@ -123,6 +167,5 @@ def setting(
     Raises:
         EquivError: If the update does not fit the model.
     """
-    given = list(inputs) if isinstance(inputs, Iterator) else inputs
     fitted = resolve(model, update)
-    return Setting(name or fitted.source, model, fitted, given, tokenizer, norm, seed)
+    return Setting(name or fitted.source, model, fitted, inputs, tokenizer, norm, seed)
