@@ -216,14 +216,14 @@ def test_json_and_page_hold_everything(tmp_path: Path) -> None:
     assert entry["conditions"] == {"width": 3.0}
     assert entry["evidence"]["by layer"]["0"] == [1.0, "NaN"]
     assert entry["as_written"]["counterexample"] == {"a": 1, "b": 2}
-    assert entry["as_written"]["statement"] == "a = c"
+    assert entry["as_written"]["statement"] == "A = c"
     text = page.read_text()
-    for part in ("it does &lt;b&gt;", "by layer: 0", "a = c", "<p>Two.</p>", "width"):
+    for part in ("it does &lt;b&gt;", "by layer: 0", "A = c", "<p>Two.</p>", "width"):
         assert part in text
     for said in ("<script", "http"):
         assert said not in text
     table = plain(found)
-    assert "they agree" in table and "as written: a = c" in table
+    assert "They agree" in table and "as written: A = c" in table
     assert "1 holds with conditions; 1 fails as written" in table
 
 
@@ -236,7 +236,7 @@ def test_an_explanation_has_derivation_and_evidence() -> None:
     text = capture.get()
     for part in ("Assumes:", "Source: blog", "Why", "Q is oblique", "norm of Q"):
         assert part in text
-    assert "“P(x′ + y) = x′, and A P h replaces A y”" in text
+    assert "P(x′ + y) = x′, and A P h replaces A y. A P h is A x′, not A y" in text
     assert "relative error  1.41" in text
 
 

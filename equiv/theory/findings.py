@@ -7,7 +7,7 @@ from pathlib import Path
 from equiv.errors import ArgumentError
 from equiv.report.files import write_fields
 from equiv.report.numbers import counted
-from equiv.theory.values import Claim, ClaimResult, Kind, Value, Verdict
+from equiv.theory.values import Claim, ClaimResult, Kind, Value, Verdict, sentence
 
 FORMAT = 1
 _PLURAL = {
@@ -94,9 +94,9 @@ class Judged:
         for result in self.results.values():
             if (found := result.as_written) is not None:
                 return {
-                    "statement": self.claim.as_written,
+                    "statement": sentence(self.claim.as_written),
                     "verdict": found.verdict,
-                    "says": found.says,
+                    "says": sentence(found.says),
                     "counterexample": dict(found.counterexample),
                 }
         return None

@@ -28,7 +28,7 @@ from pathlib import Path
 from equiv.arguments import as_choice
 from equiv.errors import ArgumentError, FileFormatError
 from equiv.theory.setting import OFFERED
-from equiv.theory.values import Claim, ClaimResult, Kind
+from equiv.theory.values import Claim, ClaimResult, Kind, sentence
 
 Test = Callable[..., ClaimResult]
 
@@ -83,7 +83,7 @@ def claim(
     def register(test: Test) -> Test:
         made = Claim(
             id=id,
-            title=title or test.__name__.replace("_", " "),
+            title=sentence(title or test.__name__.replace("_", " ")),
             formula=formula,
             assumptions=assumptions,
             source=source,

@@ -33,34 +33,32 @@ def plain(findings: Findings) -> str:
 
 def rendered(findings: Findings) -> RenderableType:
     """Every claim's verdict and finding, as something that a rich console prints."""
-    table = Table(box=None, show_edge=False, pad_edge=False)
-    table.add_column("", justify="right")
-    table.add_column("claim", ratio=4)
-    table.add_column("verdict", width=12)
-    table.add_column("found", ratio=5)
+    table = Table(box=None, show_edge=False, pad_edge=False, show_header=False)
+    table.add_column("", justify="right", style="bold")
+    table.add_column("", width=12)
+    table.add_column("")
     for judged in findings:
         for row in _rows(judged):
             table.add_row(*row)
-    title = Prose(findings.headline, style="bold")
-    return Group(title, Text(""), table)
+    return Group(Prose(findings.headline, style="bold"), Text(""), table)
 
 
 def _rows(judged: Judged) -> Iterator[tuple[str | Text, ...]]:
-    """The claim, then its statement as written, then a blank line."""
+    """Claim and what was found, then its statement as written, then a blank line."""
+    title, found = joined(judged.claim.title), joined(_short(judged))
     yield (
         str(judged.claim.id),
-        joined(judged.claim.title),
         _verdict(judged.verdict),
-        joined(_short(judged)),
+        Text.assemble((title, "bold"), "\n", found),
     )
-    if (found := judged.as_written) is not None:
+    if (wrong := judged.as_written) is not None:
+        said = joined(f"as written: {wrong['statement']}")
         yield (
             "",
-            Text(joined(f"as written: {found['statement']}"), style="dim"),
-            _verdict(found["verdict"]),
-            joined(found["says"]),
+            _verdict(wrong["verdict"]),
+            Text.assemble((said, "italic"), "\n", joined(wrong["says"])),
         )
-    yield ("", "", "", "")
+    yield ("", "", "")
 
 
 def _verdict(verdict: Verdict) -> Text:
@@ -143,7 +141,7 @@ def explained(judged: Judged) -> RenderableType:
     if (found := judged.as_written) is not None:
         parts += [
             Text.assemble(("As written: ", "bold"), _verdict(found["verdict"])),
-            Prose(f"“{found['statement']}”: {found['says']}.", indent="  "),
+            Prose(f"{found['statement']}. {found['says']}.", indent="  "),
             *_figures("counterexample", found["counterexample"]),
             Text(""),
         ]

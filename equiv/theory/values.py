@@ -15,6 +15,16 @@ from typing import Any
 Value = Any
 
 
+def sentence(text: str) -> str:
+    """The text with a capital at its beginning.
+
+    Example:
+        >>> sentence("the shift"), sentence("W_d alone")
+        ('The shift', 'W_d alone')
+    """
+    return text[:1].upper() + text[1:]
+
+
 class Verdict(StrEnum):
     """Outcome of testing a claim; the result's `says` gives the reason."""
 
