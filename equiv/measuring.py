@@ -278,7 +278,7 @@ class Measurement:
         for stage, tensors, traces in self._shown(passes):
             kept = []
             for trace in traces:
-                table.add(trace, cut.batches[trace.batch].mask)
+                table.add(trace, cut.mask(stage, trace.batch))
                 if stage.name in ("block", "module"):
                     moments.add(stage, trace)
                 if ladder is None:
@@ -291,7 +291,7 @@ class Measurement:
                 kept.append(trace)
             if ladder is None or stage.name == "head":
                 continue
-            if stage.name in ("block", "module"):
+            if stage.name != "embed":
                 fitted = moments.applied(stage.layer)
                 ladder.step(stage, tensors, kept, hidden, fitted)
             if stage.name == "module":
@@ -333,6 +333,7 @@ class Measurement:
             max_remainder=settings.max_remainder,
             tolerance=TOLERANCE,
             versions=_versions(),
+            encoder_layers=cut.blocks.first if cut.blocks else 0,
         )
 
 

@@ -137,7 +137,8 @@ def evaluated(
         for stage, tensors, traces in propagate(cut, update, points, low=low):
             for trace in traces:
                 # The head computes these anew whenever it is asked.
-                base, tuned = (trace.values[s][stage.output] for s in (0.0, 1.0))
+                site = "block_out" if stage.name == "block" else stage.output
+                base, tuned = (trace.values[s][site] for s in (0.0, 1.0))
                 for run in runs:
                     run.add(stage, tensors, trace.batch, base, tuned)
     size = _size(update)
@@ -200,11 +201,12 @@ class _Run:
         out, _ = self.cut.run(stage, tensors, hidden, batch, steer=steer)
         self.hidden[batch] = out
         if stage.name == "block":
-            mask = self.cut.batches[batch].mask
-            for sums, other in ((self.left, out), (self.whole, base)):
+            own = self.cut.parted(stage, out, batch)[1]
+            mask = self.cut.mask(stage, batch)
+            for sums, other in ((self.left, own), (self.whole, base)):
                 square = squares(counted(tuned - other, mask))
                 sums[stage.layer] = sums.get(stage.layer, 0.0) + square
-        elif stage.name != "embed":
+        elif stage.name in ("head", "module"):
             self._compare(tuned, base, out, batch)
             del self.hidden[batch]
 

@@ -123,7 +123,9 @@ class Ladder:
                 if trace.batch not in stream.batches:
                     continue
                 if trace.moved:
-                    steer = {label.site: _oracle(label.rung, label.site, trace)}
+                    steer = {}
+                    if label.site in stage.sites:
+                        steer[label.site] = _oracle(label.rung, label.site, trace)
                     stream.advance(self.cut, stage, tensors, trace.batch, steer)
                 else:
                     stream.follow(trace)
@@ -143,6 +145,8 @@ class Ladder:
         if self.single is None or not any(trace.moved for trace in traces):
             return
         for site in self.sites:
+            if site not in moments:
+                continue
             spec = self.single
             regression = Regression(moments[site], spec.fixed_ridge)
             steering = regression.form(str(spec.form), spec.rank)

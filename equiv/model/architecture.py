@@ -21,9 +21,13 @@ class Architecture:
         mlp_projection: Last linear layer of the MLP: its input is the hidden layer. A
             mixture of experts has none.
         mlp_readers: Linear layers that read the MLP's input.
-        resid_mid: Where the stream between the two is: input or output of a module;
+        cross_out: Module whose output cross-attention adds to the residual stream, in
+            decoder blocks that have it.
+        resid_mid: Where the stream in front of the MLP is: input or output of a module;
             `None` in parallel blocks, where no such stream is formed.
-        norms_after: Norms that end the two sums in post-norm blocks.
+        norms_after: Norms that end the sums in post-norm blocks.
+        shares_bias: Attention whose table of relative positions, in the first block, is
+            that of every block; empty where each has its own or none.
         norms_writes: Whether a norm stands between the projections and the stream.
         write_scale: Attribute of the block with the number that what its modules give
             is multiplied with before it is added.
@@ -40,8 +44,10 @@ class Architecture:
     attn_projection: str = ""
     mlp_projection: str = ""
     mlp_readers: tuple[str, ...] = ()
+    cross_out: str = ""
     resid_mid: tuple[str, Side] | None = None
-    norms_after: tuple[str, str] | None = None
+    norms_after: tuple[str, ...] | None = None
+    shares_bias: str = ""
     norms_writes: bool = False
     write_scale: str = ""
     returns: int = 0
@@ -64,6 +70,7 @@ class Architecture:
         named: dict[str, tuple[str, Side]] = {
             "attn_heads": (self.attn_projection, "input"),
             "attn_out": (self.attn_out, "output"),
+            "cross_out": (self.cross_out, "output"),
             "resid_mid": self.resid_mid or ("", "input"),
             "mlp_in": (self.mlp, "input"),
             "mlp_hidden": (self.mlp_projection, "input"),

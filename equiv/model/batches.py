@@ -34,6 +34,8 @@ class Batch:
             caller gave labels; never passed to the model.
         held_out: Whether fits must not see these sequences.
         index: Which of the caller's sequences these are, from 0.
+        source: Tokens that count of what an encoder before a decoder reads, bool
+            [batch, source]; `mask` is then of the decoder's.
     """
 
     arguments: Mapping[str, Any]
@@ -41,6 +43,7 @@ class Batch:
     labels: Tensor | None = None
     held_out: bool = False
     index: tuple[int, ...] = ()
+    source: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -49,8 +52,15 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that count."""
-        return int(self.mask.sum())
+        """Number of tokens that count, an encoder's too."""
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The same for each sequence."""
+        masks = [self.mask] if self.source is None else [self.mask, self.source]
+        each = [mask.flatten(1).sum(1) if mask.ndim > 1 else mask for mask in masks]
+        return tuple(int(n) for n in torch.stack(each).sum(0))
 
     def select(self, rows: Sequence[int]) -> "Batch":
         """The batch with only some of its sequences."""
@@ -65,6 +75,7 @@ class Batch:
             arguments={name: pick(value) for name, value in self.arguments.items()},
             mask=self.mask[keep],
             labels=None if self.labels is None else pick(self.labels),
+            source=None if self.source is None else self.source[keep],
             index=tuple(self.index[row] for row in rows),
         )
 
@@ -100,7 +111,8 @@ def pieces(batch: Batch, keep_empty: bool, room: int) -> Iterable[Batch]:
     rows = [
         r for r in range(batch.sequences) if keep_empty or bool(batch.mask[r].any())
     ]
-    per_sequence = max(1, batch.mask[0].numel())
+    read = 0 if batch.source is None else batch.source.shape[1]
+    per_sequence = max(1, batch.mask[0].numel() + read)
     step = max(1, room // per_sequence)
     for start in range(0, len(rows), step):
         yield batch.select(rows[start : start + step])
@@ -142,12 +154,13 @@ def at_most(batches: Sequence[Batch], tokens: int, seed: int) -> list[Batch]:
 
     Drawn, because batches of texts come in the order of their length. There is always
     one sequence at least; where it alone has more tokens, and where padding makes a
-    batch longer, only `tokens` columns are kept, from the first with a token.
+    batch longer, only `tokens` columns are kept, from the first with a token. What an
+    encoder before a decoder reads stays whole.
     """
     counts = {
-        n: int(batch.mask[row].sum())
+        n: count
         for batch in batches
-        for row, n in enumerate(batch.index)
+        for n, count in zip(batch.index, batch.counts, strict=True)
     }
     everything = sorted(counts)
     generator = torch.Generator().manual_seed(seed)
@@ -168,7 +181,9 @@ def at_most(batches: Sequence[Batch], tokens: int, seed: int) -> list[Batch]:
 def _cut(batch: Batch, tokens: int) -> Batch:
     """At most `tokens` columns of a Hugging Face batch, and the rows that have any."""
     length = batch.mask.shape[1] if batch.mask.ndim == 2 else 0
-    if length <= tokens or not any(name in batch.arguments for name in MAIN):
+    decodes = batch.source is not None
+    known = decodes or any(name in batch.arguments for name in MAIN)
+    if length <= tokens or not known:
         return batch
     start = int(batch.mask.any(dim=0).int().argmax())
     columns = slice(start, start + tokens)
@@ -182,7 +197,10 @@ def _cut(batch: Batch, tokens: int) -> Batch:
 
     kept = replace(
         batch,
-        arguments={name: cut(value) for name, value in batch.arguments.items()},
+        arguments={
+            name: value if decodes and not name.startswith("decoder_") else cut(value)
+            for name, value in batch.arguments.items()
+        },
         mask=cut(batch.mask),
         labels=cut(batch.labels),
     )

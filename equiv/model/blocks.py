@@ -7,42 +7,83 @@ from torch import nn
 
 from equiv.errors import SiteError, UnsupportedModelError
 from equiv.model.architecture import Architecture
-from equiv.model.sites import FLOW, SITES, Place
+from equiv.model.sites import FLOW, SITES, Place, read_and_written
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a model and how they are built."""
+    """The blocks of a model and how they are built.
+
+    Of an encoder–decoder the layers are numbered through: the encoder's blocks come
+    first, then the decoder's.
+
+    Attributes:
+        path: Of the list of blocks; of an encoder–decoder, of the decoder's.
+        modules: The blocks.
+        architecture: How they are built; of an encoder–decoder, the decoder's.
+        encoder: The blocks of the encoder, by themselves; `None` if there is none.
+    """
 
     path: str
     modules: tuple[nn.Module, ...]
     architecture: Architecture
+    encoder: "Blocks | None" = None
+
+    @property
+    def first(self) -> int:
+        """The layer of the first block of the last stack: the decoder's, or 0."""
+        return len(self.encoder.modules) if self.encoder else 0
+
+    @property
+    def stacks(self) -> "tuple[Blocks, ...]":
+        """Every list of blocks by itself, in the order in which they run."""
+        if self.encoder is None:
+            return (self,)
+        last = Blocks(self.path, self.modules[self.first :], self.architecture)
+        return (self.encoder, last)
+
+    def known(self, layer: int) -> Architecture:
+        """How block `layer` is built."""
+        inside = self.encoder is not None and layer < self.first
+        return self.encoder.architecture if inside else self.architecture  # type: ignore[union-attr]
+
+    def name(self, layer: int) -> str:
+        """The name of block `layer` among the model's modules."""
+        if self.encoder is not None and layer < self.first:
+            return self.encoder.name(layer)
+        return f"{self.path}.{layer - self.first}"
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Those of `SITES` that every block has."""
+        """Those of `SITES` that every block has, and `cross_out` where one has it."""
         own = [self.sites_of(layer) for layer in range(len(self.modules))]
-        return tuple(s for s in SITES if all(s in sites for sites in own))
+        common = {s for s in SITES if all(s in sites for sites in own)}
+        if any("cross_out" in sites for sites in own):
+            common.add("cross_out")
+        return tuple(s for s in FLOW if s in common)
 
     def sites_of(self, layer: int) -> tuple[str, ...]:
         """Every site that one block has, in the order in which it computes them."""
-        return tuple(site for site in self._named if self._has(layer, site))
+        named = (*self.known(layer).places, "block_out")
+        return tuple(s for s in FLOW if s in named and self._has(layer, s))
+
+    def layers_with(self, site: str) -> tuple[int, ...]:
+        """The layers in which a site, or one of its kind, has to be.
+
+        All, but for `cross_out` of an encoder–decoder: the decoder's.
+        """
+        everywhere = range(len(self.modules))
+        crossing = "cross_out" in read_and_written([site])
+        return tuple(everywhere[self.first if crossing else 0 :])
 
     def _has(self, layer: int, site: str) -> bool:
         if site == "block_out":
             return True
-        if (
-            site == "resid_mid"
-            and self.joins_middle
-            and not self._has(layer, "attn_out")
-        ):
+        joined = self.joined(layer) if site == "resid_mid" else ""
+        if joined and not self._has(layer, joined):
             return False  # it is written there
-        path = self.architecture.places.get(site, ("", ""))[0]
+        path = self.known(layer).places.get(site, ("", ""))[0]
         return bool(path) and submodule(self.block(layer), path) is not None
-
-    @property
-    def _named(self) -> tuple[str, ...]:
-        return tuple(s for s in FLOW if s in (*self.architecture.places, "block_out"))
 
     def block(self, layer: int) -> nn.Module:
         """Block `layer`.
@@ -62,7 +103,7 @@ class Blocks:
         Raises:
             SiteError: If there is no such layer or site.
         """
-        block, known = self.block(layer), self.architecture
+        block, known = self.block(layer), self.known(layer)
         if site == "block_out":
             return Place(block, "output")
         if site not in FLOW:
@@ -82,24 +123,27 @@ class Blocks:
 
     def _why_not(self, layer: int, site: str) -> str:
         kind = type(self.block(layer)).__name__
-        if site == "resid_mid" and self.architecture.parallel:
+        known = self.known(layer)
+        if site == "resid_mid" and known.parallel:
             reason = "its attention and MLP read the same stream, so none lies between"
-        elif site == "mlp_hidden" and self.architecture.mlp:
+        elif site == "mlp_hidden" and known.mlp:
             reason = "its MLP has no one last layer, as in a mixture of experts"
         else:
             reason = "no module of it gives or takes that"
         has = ", ".join(self.sites_of(layer))
         return f"{kind} {layer} has no {site}: {reason}. It has {has}."
 
-    @property
-    def joins_middle(self) -> bool:
-        """Whether the stream in the middle is only formed between modules.
+    def joined(self, layer: int) -> str:
+        """The site that stands in for writing to `resid_mid`; empty if that is a place.
 
-        What is read there is then the block's input plus what attention adds to it,
-        and what is written there is written to `attn_out`.
+        Where the stream in the middle is only formed between modules, what is read is
+        the block's input plus what attention adds to it, and what is written there is
+        written to the last of these.
         """
-        middle = self.architecture.resid_mid
-        return middle is not None and middle[1] == "input"
+        known = self.known(layer)
+        if known.resid_mid is None or known.resid_mid[1] == "output":
+            return ""
+        return "cross_out" if known.cross_out else "attn_out"
 
 
 def submodule(block: nn.Module, path: str) -> nn.Module | None:

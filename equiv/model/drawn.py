@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from equiv.errors import InputsError
-from equiv.model.families import model_type
+from equiv.model.families import is_pair, model_type
 
 SEQUENCES, LENGTH, ROWS = 8, 32, 64
 SAMPLES, SAMPLE_LENGTH = 64, 64
 
 
-def random_inputs(model: nn.Module, seed: int) -> Tensor:
+def random_inputs(model: nn.Module, seed: int) -> Tensor | dict[str, Tensor]:
     """Random inputs: 8 sequences of 32 token ids, or 64 rows of N(0, 1) features.
+
+    For an encoder–decoder of both stacks: token ids, or sounds for the encoder.
 
     Good for the calculus only: on random ids the KL of an update looked three times
     smaller than on text, and steering fitted to them was useless there.
@@ -23,12 +25,10 @@ def random_inputs(model: nn.Module, seed: int) -> Tensor:
         InputsError: If the width of a plain module's input cannot be told.
     """
     generator = torch.Generator().manual_seed(seed)
+    if is_pair(model):
+        return _for_both(model, generator)
     if model_type(model) is not None:
-        config: Any = model.config
-        # A padding token's embedding is often zero, where norms are far from smooth.
-        allowed = [i for i in range(config.vocab_size) if i != config.pad_token_id]
-        drawn = torch.randint(len(allowed), (SEQUENCES, LENGTH), generator=generator)
-        return torch.tensor(allowed)[drawn]
+        return _token_ids(model, generator)
     first = next((m for m in model.modules() if list(m.parameters(False))), None)
     if isinstance(first, nn.Linear):
         shape = (ROWS, first.in_features)
@@ -40,6 +40,25 @@ def random_inputs(model: nn.Module, seed: int) -> Tensor:
         f"Cannot draw inputs for {type(model).__name__}: its first module with "
         "parameters is neither Linear nor Embedding. Pass `inputs=`."
     )
+
+
+def _token_ids(model: Any, generator: torch.Generator) -> Tensor:
+    # A padding token's embedding is often zero, where norms are far from smooth.
+    config = model.config
+    allowed = [i for i in range(config.vocab_size) if i != config.pad_token_id]
+    drawn = torch.randint(len(allowed), (SEQUENCES, LENGTH), generator=generator)
+    return torch.tensor(allowed)[drawn]
+
+
+def _for_both(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """What an encoder and its decoder read."""
+    name, config = model.main_input_name, model.config
+    if name == "input_ids":
+        source = _token_ids(model, generator)
+    else:
+        shape = (SEQUENCES, config.num_mel_bins, 2 * config.max_source_positions)
+        source = torch.randn(shape, generator=generator).to(model.dtype)
+    return {name: source, "decoder_input_ids": _token_ids(model, generator)}
 
 
 @torch.no_grad()

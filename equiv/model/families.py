@@ -10,10 +10,21 @@ from equiv.model.blocks import model_type as model_type
 from equiv.model.discovery import discover
 from equiv.model.known_families import FAMILIES as FAMILIES
 from equiv.model.known_families import REFUSED, architecture
+from equiv.model.known_pairs import pair_of
+from equiv.model.pairing import both_stacks
+
+
+def is_pair(model: nn.Module) -> bool:
+    """Whether this is an encoder–decoder of a known family, with both stacks."""
+    family = model_type(model)
+    pair = None if family is None else pair_of(family, model.config)
+    return pair is not None and both_stacks(model, pair).encoder is not None
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
     """The blocks of a Hugging Face model; `None` for a module that is one stage.
+
+    Of an encoder–decoder those of both stacks, the encoder's first.
 
     Of a family that is not in the table they are looked for, which runs the model on a
     few random tokens, once.
@@ -30,6 +41,9 @@ def find_blocks(model: nn.Module) -> Blocks | None:
             f"`{type(model).__name__}` (model type {family!r}) cannot be measured: "
             f"{REFUSED[family]}."
         )
+    pair = pair_of(family, model.config)
+    if pair is not None:
+        return both_stacks(model, pair)
     known = architecture(family, model.config)
     if known is None:
         return discover(model)

@@ -32,39 +32,40 @@ class Writes:
 
     Attributes:
         by_site: Site that is written → what is done there.
-        joins_middle: See `Blocks.joins_middle`.
+        joined: See `Blocks.joined`.
         seen: Activations at the sites that the run has passed, before steering.
     """
 
-    def __init__(
-        self, by_site: Mapping[str, Combine], *, joins_middle: bool = False
-    ) -> None:
-        self.by_site, self.joins_middle = by_site, joins_middle
+    def __init__(self, by_site: Mapping[str, Combine], *, joined: str = "") -> None:
+        self.by_site, self.joined = by_site, joined
         self.seen: Sites = {}
-        self._entered: Tensor | None = None
+        self._stream: Tensor | None = None  # in front of the next sub-layer
 
     def enter(self, hidden: Tensor | None) -> None:
         """Start a run with the block's input."""
-        self.seen, self._entered = {}, hidden
+        self.seen, self._stream = {}, hidden
 
     def leave(self) -> None:
         """The run is over: hold on to no activation."""
-        self.seen, self._entered = {}, None
+        self.seen, self._stream = {}, None
 
     def at(self, site: str, activation: Tensor, *, in_place: bool = False) -> Tensor:
         """The activation with what is added at a site; `in_place`: see `Hooks`."""
         self.seen.setdefault(site, activation.clone() if in_place else activation)
-        if site == "resid_mid" and self.joins_middle:
-            return activation  # written to `attn_out`, below
+        if site == "resid_mid" and self.joined:
+            return activation  # written where the last write is, below
         activation = self._changed(site, activation)
-        if site == "attn_out" and self.joins_middle and "resid_mid" in self.by_site:
-            if self._entered is None:
+        joins = self.joined and "resid_mid" in self.by_site
+        if joins and site in ("attn_out", "cross_out"):
+            if self._stream is None:
                 raise ArgumentError(
                     "`resid_mid` is steered in a forward of a whole block, but a part "
                     "of it ran alone, or once more for a checkpointed gradient."
                 )
-            self.seen["resid_mid"] = self._entered + activation
-            activation = self._changed("resid_mid", activation)
+            self._stream = self._stream + activation
+            if site == self.joined:
+                self.seen["resid_mid"] = self._stream
+                activation = self._changed("resid_mid", activation)
         return activation
 
     def _changed(self, site: str, activation: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class Hooks:
         at: float,
         *,
         hidden: Tensor | None = None,
-        joins_middle: bool = False,
+        joined: str = "",
     ) -> None:
         """Start a run; for the arguments see `StagedModel.run`."""
         by_site: dict[str, list[tuple[str, Callable[[Tensor], Tensor]]]] = {}
@@ -100,7 +101,7 @@ class Hooks:
             site = Site(key)
             by_site.setdefault(site.write, []).append((site.read, function))
         added = {site: _adding(steers) for site, steers in by_site.items()}
-        self.writes = Writes(added, joins_middle=joins_middle)
+        self.writes = Writes(added, joined=joined)
         self.writes.enter(hidden)
         self._low, self._scale, self._at = low, scale, at
         self._applied: set[str] = set()

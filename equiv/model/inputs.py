@@ -25,7 +25,8 @@ from equiv.model.batches import (
     pieces,
     room_for,
 )
-from equiv.model.families import model_type
+from equiv.model.decoder_inputs import decoder_inputs
+from equiv.model.families import is_pair, model_type
 from equiv.model.positions import given_positions, limit_of
 from equiv.model.rows import Row, check_columns, rows_in
 from equiv.model.text_files import read_texts
@@ -190,7 +191,8 @@ def _from_mapping(model: nn.Module, mapping: Mapping[str, Any]) -> Batch:
     tensors = {n: v.to(device) for n, v in arguments.items() if isinstance(v, Tensor)}
     arguments |= tensors
     labels = arguments.pop("labels", None)
-    name = next((n for n in (*MAIN, *tensors) if n in tensors), None)
+    first = (*MAIN, getattr(model, "main_input_name", POSITIONAL), *tensors)
+    name = next((n for n in first if n in tensors), None)
     if name is None:
         kinds = {n: type(v).__name__ for n, v in mapping.items()}
         raise InputsError(f"Expected a tensor in the inputs, got {kinds}.")
@@ -217,9 +219,33 @@ def _from_mapping(model: nn.Module, mapping: Mapping[str, Any]) -> Batch:
         arguments["use_cache"] = False
     elif isinstance(given, Tensor) and given.ndim == 2:
         mask = given.bool()
+    if hf and is_pair(model):
+        return _for_both(model, name, arguments, mask, labels)
     if isinstance(labels, Tensor):
         labels = _aligned(model, labels, mask)
     return Batch(arguments, mask, labels, index=tuple(range(main.shape[0])))
+
+
+def _for_both(
+    model: nn.Module,
+    name: str,
+    arguments: Mapping[str, Any],
+    source: Tensor,
+    labels: Any,
+) -> Batch:
+    """A batch of an encoder–decoder: the mask is that of the decoder's tokens."""
+    given = labels if isinstance(labels, Tensor) else None
+    found = decoder_inputs(model, arguments, given)
+    if name not in MAIN:  # sounds: the encoder has positions of its own
+        config: Any = model.config
+        source = source[:, :1].expand(-1, config.max_source_positions)
+    return Batch(
+        {**arguments, **found.arguments},
+        found.mask,
+        found.labels,
+        index=tuple(range(len(source))),
+        source=source,
+    )
 
 
 def _as_tensors(mapping: Mapping[str, Any], hf: bool) -> dict[str, Any]:
@@ -299,9 +325,11 @@ def _aligned(model: nn.Module, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def _checked(model: nn.Module, batch: Batch) -> Batch:
-    ids = batch.arguments.get("input_ids")
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if isinstance(ids, Tensor) and size is not None:
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = batch.arguments.get(name)
+        if not isinstance(ids, Tensor) or size is None:
+            continue
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             raise InputsError(

@@ -3,7 +3,7 @@
 Paths are relative to the block. Every entry is proven on real modules, by the tests and
 by `equiv.model.probe`: a known vector is added at each site and has to land where
 `sites.py` says. Where a family's configuration chooses how its blocks are built, its
-line is a function of the configuration.
+line is a function of the configuration. Encoder–decoders are in `known_pairs.py`.
 """
 
 from collections.abc import Callable
@@ -151,7 +151,6 @@ _CLIP = replace(
     attn_projection="self_attn.out_proj",
     resid_mid=("layer_norm2", "input"),
 )
-_WHISPER = replace(_OPT, blocks="layers", flattens=())
 
 
 def _parallel_if(known: Architecture) -> Callable[[Any], Architecture]:
@@ -209,7 +208,6 @@ TABLE: dict[str, Architecture | Callable[[Any], Architecture]] = {
     "vit": _VIT,
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
-    "whisper": _WHISPER,
 }
 
 # Families that would be run at their owner's cost.

@@ -2,18 +2,20 @@
 
 Symbols, in one block of a real model, on a few tokens
     x, y        what the block is given and gives
-    a, r, m     what stands at attn_out, resid_mid and mlp_out
+    a, c, r, m  what stands at attn_out, cross_out, resid_mid and mlp_out; c = 0 where
+                a block does not attend to an encoder
     v           a random vector, as large as the stream
 
-Claims; N₁ and N₂ are the norms that end the sums in post-norm blocks
-    r = x + a and y = r + m; in parallel blocks y = x + a + m; in post-norm blocks
-    r = N₁(x + a) and y = N₂(r + m)
-    v at attn_out, resid_mid or mlp_out arrives in the next of these sums as it is, and
-    what the block computed before it stays
+Claims; N₁, N₂ (and N₃) are the norms that end the sums in post-norm blocks
+    r = x + a + c and y = r + m; in parallel blocks y = x + a + m; in post-norm blocks
+    r = N₁(x + a), or N₂(N₁(x + a) + c) with c, and y = N₂(r + m), or N₃
+    v at attn_out, cross_out, resid_mid or mlp_out arrives in the next of these sums as
+    it is, and what the block computed before it stays
     mlp_in stands after the norm: doubling it changes m
     attn_heads decides a; mlp_in decides m, and so does mlp_hidden: with another x but
     the same tensor at the site, what comes of it is the same
     v at block_out arrives in y
+    another output of the encoder changes c and leaves a
 
 Only blocks of different make are probed, one of each: for a model of one kind of block
 that is a dozen runs of a single block. They are made whenever a model of some class and
@@ -22,7 +24,7 @@ configuration is measured for the first time in a process.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from equiv.errors import UnsupportedModelError
 from equiv.model.architecture import Architecture
 from equiv.model.batches import at_most
 from equiv.model.blocks import Blocks, model_type
+from equiv.model.memory import packed
 from equiv.model.precision import arithmetic
 from equiv.model.sites import Sites, Steer
 from equiv.model.staged_model import Stage, StagedModel
@@ -86,13 +89,17 @@ def landings(cut: StagedModel) -> list[Landing]:
     small = StagedModel(cut.model, cut.blocks, few, cut.dtype)
     with torch.no_grad(), arithmetic(cut.dtype):
         small.cut(())
-        hidden = small.run(small.stages[0], small.tensors(small.stages[0]), None, 0)[0]
+        embedded: Tensor | None = None
+        found: list[Landing] = []
         kinds = _kinds(cut.blocks)
-        return [
-            landing
-            for layer in kinds
-            for landing in _Probe(small, layer, hidden).landings()
-        ]
+        for stage in small.stages:
+            if stage.name in ("embed", "bridge"):
+                tensors = small.tensors(stage)
+                embedded = small.run(stage, tensors, embedded, 0)[0]
+            elif stage.name == "block" and stage.layer in kinds:
+                assert embedded is not None
+                found += _Probe(small, stage, embedded).landings()
+        return found
 
 
 def prove(cut: StagedModel) -> None:
@@ -120,7 +127,8 @@ _PROVEN: set[object] = set()
 def _key(model: nn.Module, blocks: Blocks) -> object:
     """What decides where the sites are: the class, the configuration, the modules."""
     made = tuple(dict.fromkeys(_make(block) for block in blocks.modules))
-    return type(model), repr(model.config), made, blocks.architecture
+    known = tuple(stack.architecture for stack in blocks.stacks)
+    return type(model), repr(model.config), made, known
 
 
 def _make(block: nn.Module) -> tuple[tuple[str, type], ...]:
@@ -136,7 +144,7 @@ def _kinds(blocks: Blocks) -> list[int]:
 
 
 def _said(model: nn.Module, blocks: Blocks, wrong: Landing) -> str:
-    known = blocks.architecture
+    known = blocks.known(wrong.layer)
     path = dict(known.places).get(wrong.site, ("the block itself", "output"))[0]
     return (
         f"{type(model).__name__} (model type {model_type(model)!r}): {wrong.site} of "
@@ -150,30 +158,39 @@ def _said(model: nn.Module, blocks: Blocks, wrong: Landing) -> str:
 class _Probe:
     """One block, run again and again with something known at one of its sites."""
 
-    def __init__(self, cut: StagedModel, layer: int, hidden: Tensor) -> None:
+    def __init__(self, cut: StagedModel, stage: Stage, stream: Tensor) -> None:
         assert cut.blocks is not None
-        self.cut, self.layer, self.hidden = cut, layer, hidden
-        self.known: Architecture = cut.blocks.architecture
+        layer = self.layer = stage.layer
+        self.cut = cut
+        self.known: Architecture = cut.blocks.known(layer)
         self.block = cut.blocks.modules[layer]
         self.sites = cut.blocks.sites_of(layer)
-        names = cut.stages[layer + 1].names
-        self.stage = Stage("block", layer, names, self.sites, "block_out")
+        self.stage = replace(stage, sites=self.sites)
+        self.memory, self.hidden = cut.parted(stage, stream, 0)
         self.tensors = cut.tensors(self.stage)
-        self.joins = cut.blocks.joins_middle
+        self.joined = cut.blocks.joined(layer)
         self.base = self.run({})
         self.generator = torch.Generator().manual_seed(0)
         self.size = self.base["block_out"].norm()
 
-    def run(self, steer: Steer, hidden: Tensor | None = None) -> Sites:
+    def run(
+        self,
+        steer: Steer,
+        hidden: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> Sites:
         """The sites' activations as they are handed on; "x" and "y" in and out."""
         hidden = self.hidden if hidden is None else hidden
+        memory = self.memory if memory is None else memory
+        stream = hidden if memory is None else packed(memory, hidden)
         with self.cut.hooked([self.stage]):
-            out, seen = self.cut.run(self.stage, self.tensors, hidden, 0, steer=steer)
+            out, seen = self.cut.run(self.stage, self.tensors, stream, 0, steer=steer)
         added = {site: function(seen[site]) for site, function in steer.items()}
-        if self.joins and "resid_mid" in added:
-            added["attn_out"] = added["resid_mid"]  # it is written there
+        if self.joined and "resid_mid" in added:
+            added[self.joined] = added["resid_mid"]  # it is written there
         moved = {site: seen[site] + change for site, change in added.items()}
-        return {**seen, **moved, "x": hidden, "y": out}
+        given = self.cut.parted(self.stage, out, 0)[1]
+        return {**seen, **moved, "x": hidden, "y": given}
 
     def landings(self) -> Iterator[Landing]:
         """Claim by claim, in the block's own order."""
@@ -182,6 +199,7 @@ class _Probe:
         for site in self.sites:
             yield from self._lands(site)
         yield from self._behind_the_norm()
+        yield from self._reads_the_encoder()
         other = self.hidden + self._vector(self.hidden)
         for site, comes in (
             ("attn_heads", "attn_out"),
@@ -204,6 +222,19 @@ class _Probe:
         claim = "mlp_in stands after the norm, so that doubling it changes mlp_out"
         yield Landing(self.layer, "mlp_in", claim, float(same), not same)
 
+    def _reads_the_encoder(self) -> Iterator[Landing]:
+        """Another output of the encoder arrives by cross-attention, and only there."""
+        if "cross_out" not in self.sites or self.memory is None:
+            return
+        found = self.run({}, memory=self.memory + self._vector(self.memory))
+        claim = "another output of the encoder leaves attn_out as it is"
+        moved = found["attn_out"] - self.base["attn_out"]
+        yield self._landing("cross_out", claim, moved)
+        cross = self.base["cross_out"]
+        same = bool((found["cross_out"] - cross).norm() < _SAME * cross.norm())
+        claim = "another output of the encoder changes cross_out"
+        yield Landing(self.layer, "cross_out", claim, float(same), not same)
+
     def _lands(self, site: str) -> Iterator[Landing]:
         """A vector at one site: where it arrives, and what it must leave alone."""
         v = self._vector(self.base[site])
@@ -214,7 +245,7 @@ class _Probe:
         if self.known.parallel and site in ("attn_heads", "attn_out"):
             before = (*before, *(s for s in ("mlp_in", "mlp_out") if s in self.sites))
         for other in before:
-            if self.joins and (other, site) == ("attn_out", "resid_mid"):
+            if (other, site) == (self.joined, "resid_mid"):
                 continue
             claim = f"a vector at {site} leaves {other} as it is"
             yield self._landing(site, claim, found[other] - self.base[other])
@@ -235,14 +266,17 @@ class _Probe:
             yield "mlp_out", claim, at["y"], entered + attention + mlp
             return
         norm = "a norm of " if self.known.norms_after else ""
+        claim = f"resid_mid = {norm}the block's input + attn_out"
         middle = self._normed(0, entered + attention)
+        if "cross_out" in self.sites:
+            claim += f", {norm}that + cross_out" if norm else " + cross_out"
+            middle = self._normed(1, middle + at["cross_out"])
         if "resid_mid" in self.sites:
-            if steered != "resid_mid" or self.joins:
-                claim = f"resid_mid = {norm}the block's input + attn_out"
+            if steered != "resid_mid" or self.joined:
                 yield "attn_out", claim, at["resid_mid"], middle
             middle = at["resid_mid"]
         claim = f"block_out = {norm}resid_mid + mlp_out"
-        yield "mlp_out", claim, at["y"], self._normed(1, middle + mlp)
+        yield "mlp_out", claim, at["y"], self._normed(-1, middle + mlp)
 
     def _normed(self, which: int, stream: Tensor) -> Tensor:
         """The stream after the norm that ends its sum, if there is one."""
@@ -250,7 +284,7 @@ class _Probe:
             return stream
         path = self.known.norms_after[which]
         assert self.cut.blocks is not None
-        prefix = f"{self.cut.blocks.path}.{self.layer}.{path}."
+        prefix = f"{self.cut.blocks.name(self.layer)}.{path}."
         own = {
             name.removeprefix(prefix): value
             for name, value in self.tensors.items()

@@ -3,6 +3,8 @@
 - `attn_out`: the tensor the attention sub-layer **adds to the residual stream**, after
   a sandwich norm or scale where the model has one. Steering here passes through the
   skip *and* the MLP.
+- `cross_out`, in decoder blocks that attend to an encoder: the tensor that this
+  cross-attention **adds to the residual stream**, after `attn_out` and before the MLP.
 - `mlp_in`: the MLP's input, after its norm. Steering here passes only through the MLP.
   Texts call both of these "pre-MLP".
 - `mlp_out`: the tensor the MLP sub-layer **adds to the residual stream** ("post-MLP").
@@ -15,8 +17,9 @@ Asked for by name only, since they are measured more rarely or are wider:
 
 - `attn_heads`: what the attention heads hand to the output projection, one head after
   the other, [batch, seq, heads · head_dim].
-- `resid_mid`: the residual stream between the two sub-layers. Steering here passes
-  through the skip and the MLP, as at `attn_out`; what differs is what is read.
+- `resid_mid`: the residual stream between the sub-layers, in front of the MLP.
+  Steering here passes through the skip and the MLP, as at `attn_out`; what differs is
+  what is read.
 - `mlp_hidden`: what the MLP's activation hands to its last projection, [batch, seq, f].
 
 What a steer reads and where it writes are two choices: `Site("block_out",
@@ -41,6 +44,7 @@ SITES = ("attn_out", "mlp_in", "mlp_out", "block_out")
 FLOW = (
     "attn_heads",
     "attn_out",
+    "cross_out",
     "resid_mid",
     "mlp_in",
     "mlp_hidden",
@@ -52,6 +56,7 @@ FLOW = (
 ALIASES = {
     "attn.hook_z": "attn_heads",
     "hook_attn_out": "attn_out",
+    "hook_cross_attn_out": "cross_out",
     "hook_resid_mid": "resid_mid",
     "mlp.hook_in": "mlp_in",
     "mlp.hook_post": "mlp_hidden",
@@ -62,6 +67,7 @@ _ARROW = "->"
 LOGITS = "logits"
 OUTPUT = "output"
 EMBED = "embed"  # the first block's input; part of the engine, not a site to steer
+STREAM = "stream"  # what stages hand on beside an encoder's output; see `memory.py`
 
 SiteKey = tuple[int, str]  # (layer, site), the site as `Site.key` writes it
 Sites = dict[str, Tensor]  # site → activation

@@ -1,5 +1,9 @@
 """A model as a list of stages: embed, block 0 … L-1, head; or one stage for a module.
 
+An encoder–decoder has one more, the bridge: the encoder's last norm and the decoder's
+embedding, between the blocks of the two; what is handed on from there is described in
+`memory.py`.
+
 A stage is a pure function of its parameters and its input, and returns its output and
 the activations at its sites. Hugging Face models are cut without touching their code:
 each block's `forward` is replaced by a stub that records how it is called and hands
@@ -14,25 +18,28 @@ beside its weight, never as a dense matrix: W x + t · left (right x).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from equiv.errors import SiteError, UnsupportedModelError
-from equiv.model.batches import POSITIONAL, Batch
-from equiv.model.beside import beside_the_stream
+from equiv.model.around import Around
+from equiv.model.batches import Batch
 from equiv.model.blocks import Blocks
 from equiv.model.factors import Factors
-from equiv.model.guard import kept
 from equiv.model.hooks import Hooks, outputs_of
+from equiv.model.memory import NAME as MEMORY
+from equiv.model.memory import packed, parted
+from equiv.model.position_bias import TABLE, position_bias, sharing
 from equiv.model.precision import arithmetic
 from equiv.model.sites import (
     EMBED,
     FLOW,
     LOGITS,
     OUTPUT,
+    STREAM,
     Place,
     Site,
     Sites,
@@ -42,26 +49,8 @@ from equiv.model.sites import (
     model_output,
     read_and_written,
 )
-from equiv.model.stubs import Calls, ReachedBlocks, replaced_forward, stubs
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a model.
-
-    Attributes:
-        name: "embed", "block", "head" or "module".
-        layer: Index of the block; the number of blocks for the head.
-        names: Full names of its parameters and buffers.
-        sites: Sites inside it whose activations it returns.
-        output: The name its output goes by among the activations.
-    """
-
-    name: str
-    layer: int
-    names: tuple[str, ...]
-    sites: tuple[str, ...]
-    output: str
+from equiv.model.stage import Stage as Stage
+from equiv.model.stubs import replaced_forward
 
 
 class StagedModel:
@@ -81,10 +70,10 @@ class StagedModel:
         self.parameters = dict(model.named_parameters())
         # Tied names are one tensor here; `functional_call` ties them again.
         self.tensors_of_model = {**self.parameters, **dict(model.named_buffers())}
-        self.calls: list[Calls] = []
         self.stages: list[Stage] = []
         self.output_site = OUTPUT  # or LOGITS, once cut
-        self._in_stream: set[str] = set()  # parameters that reach no block beside it
+        self._in_stream: set[tuple[str, str]] = set()  # known to reach blocks by it
+        self._around = Around(model, blocks, self.batches, dtype)
         self._hooks = Hooks()
         self._modules = dict(model.named_modules())
 
@@ -98,9 +87,24 @@ class StagedModel:
         """Indices of the blocks."""
         return range(self.num_layers)
 
+    def mask(self, stage: Stage, batch: int) -> Tensor:
+        """The tokens of a stage that count, bool [batch, seq]."""
+        own = self.batches[batch]
+        return own.mask if own.source is None or not stage.encodes else own.source
+
+    def layers_with(self, site: str) -> range | tuple[int, ...]:
+        """The layers that have a site, read->write or not."""
+        return self.layers if self.blocks is None else self.blocks.layers_with(site)
+
+    def decodes(self, layer: int) -> bool:
+        """Whether a layer, or the output, lies behind an encoder."""
+        return self.blocks is not None and layer >= self.blocks.first > 0
+
     def tensors(self, stage: Stage) -> dict[str, Tensor]:
         """The stage's parameters and buffers in the compute dtype, by full name."""
-        made = {name: self._cast(self.tensors_of_model[name]) for name in stage.names}
+        made = {
+            name: self._around.cast(self.tensors_of_model[name]) for name in stage.names
+        }
         # A forward may write into buffers: never into the caller's.
         return {n: t if n in self.parameters else t.clone() for n, t in made.items()}
 
@@ -115,7 +119,7 @@ class StagedModel:
         return {
             name: value
             for name, value in tensors.items()
-            if stage.name in ("embed", "head")
+            if stage.name in ("embed", "bridge", "head")
             and name not in self.parameters
             and value.is_floating_point()
         }
@@ -137,7 +141,8 @@ class StagedModel:
         Args:
             stage: The stage.
             tensors: Its parameters and buffers, by full name.
-            hidden: The stage's input [batch, seq, d]; `None` for the first stage.
+            hidden: The stage's input [batch, seq, d], in a decoder with what the
+                encoder gave before it; `None` for the first stage.
             batch: Which batch.
             low: Low-rank updates applied at `scale`.
             scale: t; under `jvp` it carries a tangent.
@@ -147,80 +152,81 @@ class StagedModel:
         Returns:
             The stage's output and the activations at its sites, before steering.
         """
+        memory = None
+        if stage.name in ("block", "head") and hidden is not None:
+            memory, hidden = self.parted(stage, hidden, batch)
+        joined = self.blocks.joined(stage.layer) if self.blocks is not None else ""
         self._hooks.begin(
-            steer or {},
-            low or {},
-            scale,
-            at,
-            hidden=hidden,
-            joins_middle=bool(self.blocks and self.blocks.joins_middle),
+            steer or {}, low or {}, scale, at, hidden=hidden, joined=joined
         )
-        if stage.name == "block":
-            output = self._run_block(stage, tensors, hidden, batch)
+        if stage.name == "module":
+            output = model_output(self._around.forward(tensors, batch))
         elif stage.name == "embed":
-            output = self._run_embed(tensors, batch)
-        elif stage.name == "head":
-            assert hidden is not None
-            output = self._run_head(tensors, hidden, batch)
+            output = self._around.embed(tensors, batch)
         else:
-            output = model_output(self._forward(tensors, batch))
+            assert hidden is not None
+            output = self._run_inside(stage, tensors, hidden, memory, batch)
         self._hooks.check_applied()
         seen = {site: self._hooks.writes.seen[site] for site in stage.sites}
-        return output, {**seen, stage.output: output} if stage.name != "block" else seen
+        return output, {
+            **seen,
+            stage.output: output,
+        } if stage.output not in seen else seen
+
+    def parted(
+        self, stage: Stage, stream: Tensor, batch: int
+    ) -> tuple[Tensor | None, Tensor]:
+        """What the encoder gave, in stages behind it, and the stage's own stream."""
+        sources = self._around.sources
+        if stage.encodes or not sources:
+            return None, stream
+        return parted(stream, sources[batch])
+
+    def _run_inside(
+        self,
+        stage: Stage,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor,
+        memory: Tensor | None,
+        batch: int,
+    ) -> Tensor:
+        """A stage behind the first, on its own stream and the encoder's output."""
+        if stage.name == "bridge":
+            return self._around.bridge(tensors, hidden, batch)
+        if stage.name == "head":
+            return model_output(self._around.head(tensors, hidden, memory, batch))
+        output = self._run_block(stage, tensors, hidden, memory, batch)
+        return output if memory is None else packed(memory, output)
 
     def whole(self, batch: int) -> Tensor:
         """What the model returns when it is run as it is."""
-        tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
-        return model_output(self._forward(tensors, batch))
+        tensors = {n: self._around.cast(t) for n, t in self.tensors_of_model.items()}
+        return model_output(self._around.forward(tensors, batch))
 
     def _run_block(
         self,
         stage: Stage,
         tensors: Mapping[str, Tensor],
-        hidden: Tensor | None,
+        hidden: Tensor,
+        memory: Tensor | None,
         batch: int,
     ) -> Tensor:
-        assert self.blocks is not None and hidden is not None
-        prefix = f"{self.blocks.path}.{stage.layer}."
-        args, kwargs = self.calls[batch][stage.layer]
-        own = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        assert self.blocks is not None
+        prefix = f"{self.blocks.name(stage.layer)}."
+        args, kwargs = self._around.calls[batch][stage.layer]
+        if memory is not None:
+            kwargs = {**kwargs, MEMORY: memory}
+        if shared := sharing(self.blocks, stage.layer):
+            attention, length = self._modules[shared], hidden.shape[1]
+            bias = position_bias(attention, shared, tensors, length)
+            kwargs = {**kwargs, "position_bias": bias}
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
         block = self.blocks.modules[stage.layer]
         return first_tensor(functional_call(block, own, (hidden, *args), kwargs))
-
-    def _run_embed(
-        self,
-        tensors: Mapping[str, Tensor],
-        batch: int,
-        record: Calls | None = None,
-    ) -> Tensor:
-        assert self.blocks is not None
-        with stubs(self.blocks, record):
-            try:
-                self._forward(tensors, batch)
-            except ReachedBlocks as reached:
-                return reached.hidden
-        raise UnsupportedModelError(
-            f"{type(self.model).__name__} does not run its blocks in `forward`."
-        )
-
-    def _run_head(
-        self, tensors: Mapping[str, Tensor], hidden: Tensor, batch: int
-    ) -> Tensor:
-        assert self.blocks is not None
-        with stubs(self.blocks, enter=hidden):
-            return model_output(self._forward(tensors, batch))
-
-    def _forward(self, tensors: Mapping[str, Tensor], batch: int) -> object:
-        arguments = {
-            name: self._cast(value) if isinstance(value, Tensor) else value
-            for name, value in self.batches[batch].arguments.items()
-        }
-        args = (arguments.pop(POSITIONAL),) if POSITIONAL in arguments else ()
-        with kept(self.model):
-            return functional_call(self.model, dict(tensors), args, arguments)
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
 
     def cut(self, sites: Sequence[str] | None) -> None:
         """Make the stages; run the embedding of every batch to see the blocks' calls.
@@ -233,61 +239,69 @@ class StagedModel:
             return
         for site in sites or ():
             check_flow(Site(site))
-            for layer in self.layers:
+            for layer in self.blocks.layers_with(site):
                 self.blocks.place(layer, Site(site).read)
                 self.blocks.place(layer, Site(site).write)
-        asked = (*self.blocks.sites, *read_and_written(sites or ()))
-        captured = tuple(name for name in FLOW if name in asked)
-        inside = [self._names_under(f"{self.blocks.path}.{i}.") for i in self.layers]
+        inside = [self._names_under(f"{self.blocks.name(i)}.") for i in self.layers]
         blocks = {name for names in inside for name in names}
         outside = tuple(n for n in self.tensors_of_model if n not in blocks)
-        embed = Stage("embed", -1, outside, (), EMBED)
-        tensors = self.tensors(embed)
-        for batch in range(len(self.batches)):
-            self.calls.append({})
-            hidden = self._run_embed(tensors, batch, record=self.calls[batch])
-        with stubs(self.blocks, enter=hidden):
-            output = self._forward(tensors, len(self.batches) - 1)
+        pair = self.blocks.encoder is not None
+        embed = Stage("embed", -1, outside, (), EMBED, pair)
+        output = self._around.see(self.tensors(embed))
         self.output_site = LOGITS if hasattr(output, LOGITS) else OUTPUT
-        self.stages = [
-            embed,
-            *(Stage("block", i, inside[i], captured, "block_out") for i in self.layers),
-            Stage("head", self.num_layers, outside, (), self.output_site),
-        ]
+        asked = (*self.blocks.sites, *read_and_written(sites or ()))
+        stages = [self._block_stage(i, inside[i], asked) for i in self.layers]
+        if pair:
+            stages.insert(self.blocks.first, Stage("bridge", -1, outside, (), STREAM))
+        head = Stage("head", self.num_layers, outside, (), self.output_site)
+        self.stages = [embed, *stages, head]
 
-    def check_update(self, names: Iterable[str]) -> None:
+    def _block_stage(
+        self, layer: int, inside: tuple[str, ...], asked: Sequence[str]
+    ) -> Stage:
+        assert self.blocks is not None
+        encodes = layer < self.blocks.first
+        behind = self.blocks.encoder is not None and not encodes
+        output = STREAM if behind else "block_out"
+        crossing = self.blocks.layers_with("cross_out")
+        captured = tuple(
+            n for n in FLOW if n in asked and (n != "cross_out" or layer in crossing)
+        )
+        stage = Stage("block", layer, inside, captured, output, encodes)
+        if shared := sharing(self.blocks, layer):
+            return replace(stage, names=(*inside, f"{shared}.{TABLE}"))
+        return stage
+
+    def check_update(self, stage: Stage, names: Iterable[str]) -> None:
         """Refuse an update of what reaches the blocks beside the stream.
 
         Args:
+            stage: The embedding, or the bridge.
             names: Parameters outside the blocks that it changes.
 
         Raises:
             UnsupportedModelError: If one of these does.
         """
-        asked = set(names) - self._in_stream
+        asked = {name for name in names if (stage.name, name) not in self._in_stream}
         if self.blocks is None or not asked:
             return
-        lost = beside_the_stream(
-            sorted(asked),
-            self.tensors(self.stages[0]),
-            self.calls[0],
-            lambda own, calls: self._run_embed(own, 0, calls),
-        )
+        self._hooks.begin({}, {}, 0.0, 0.0)  # no longer as in the run before
+        lost = self._around.beside(stage.name, sorted(asked), self.tensors(stage))
         if lost:
             raise UnsupportedModelError(
                 f"`{lost[0]}` of {type(self.model).__name__} reaches the blocks beside "
                 "the stream: no site sees all of what an update of it does. Restrict "
                 "the update to other weights."
             )
-        self._in_stream |= asked
+        self._in_stream |= {(stage.name, name) for name in asked}
 
     def _names_under(self, prefix: str) -> tuple[str, ...]:
         return tuple(name for name in self.tensors_of_model if name.startswith(prefix))
 
     def _cut_module(self, sites: Sequence[str] | None) -> None:
-        tensors = {n: self._cast(t) for n, t in self.tensors_of_model.items()}
+        tensors = {n: self._around.cast(t) for n, t in self.tensors_of_model.items()}
         outputs, distinct = outputs_of(
-            self._modules, lambda: model_output(self._forward(tensors, 0))
+            self._modules, lambda: model_output(self._around.forward(tensors, 0))
         )
         chosen = distinct if sites is None else read_and_written(sites)
         if unknown := [site for site in chosen if site not in outputs]:
@@ -309,6 +323,8 @@ class StagedModel:
         if self.blocks is not None:
             self.blocks.block(layer)
             check_flow(Site(site))
+            for name in read_and_written([site]):
+                self.blocks.place(layer, name)
         elif layer != 0:
             raise SiteError(f"Expected layer 0 of a plain module, got {layer}.")
 

@@ -9,15 +9,21 @@ from torch import Tensor, nn
 
 from equiv.errors import UnsupportedModelError
 from equiv.model.blocks import Blocks
+from equiv.model.memory import by_name
 
 Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # block → how it is called
 
 
 class ReachedBlocks(Exception):
-    """Raised by the last stub: what follows the blocks need not be computed."""
+    """Raised by the last stub: what follows the blocks need not be computed.
 
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    Attributes:
+        hidden: The stream that the blocks are given.
+        memory: The encoder's output that a decoder's blocks are given beside it.
+    """
+
+    def __init__(self, hidden: Tensor, memory: Tensor | None = None) -> None:
+        self.hidden, self.memory = hidden, memory
 
 
 @contextmanager
@@ -27,25 +33,29 @@ def stubs(
     """Blocks that hand the hidden state on.
 
     Args:
-        blocks: The model's blocks.
-        record: Gets how each block is called.
+        blocks: The model's blocks, or one stack of them.
+        record: Gets how each block is called, but for the stream and the memory.
         enter: What the last block returns, so that the head runs on it; `None`: the
             last block ends the run by `ReachedBlocks`.
     """
-    last = len(blocks.modules) - 1
+    last, known = len(blocks.modules) - 1, blocks.architecture
     handed: list[Tensor] = []
 
     def stub(index: int) -> Callable[..., object]:
         def forward(*args: Any, **kwargs: Any) -> object:
             hidden, args, kwargs = _taken(args, kwargs)
+            memory = None
+            if known.cross_out or known.shares_bias:  # what a stage gives by name
+                memory, kwargs = by_name(blocks.modules[index], args, kwargs)
+                args = ()
             if record is not None:
                 _check_handed(blocks, index, hidden, handed)
                 record[index] = (args, kwargs)
             if index < last:
-                return _as_returned(hidden, blocks.architecture.returns)
+                return _as_returned(hidden, known.returns)
             if enter is None:
-                raise ReachedBlocks(hidden)
-            return _as_returned(enter, blocks.architecture.returns)
+                raise ReachedBlocks(hidden, memory)
+            return _as_returned(enter, known.returns)
 
         return forward
 

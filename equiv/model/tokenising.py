@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from equiv.arguments import as_tensor, shown
 from equiv.errors import InputsError, MissingExtraError
 from equiv.model.batches import room_for, similar
-from equiv.model.families import model_type
+from equiv.model.families import is_pair, model_type
 from equiv.model.positions import check_lengths
 from equiv.model.rows import IDS, Conversation, Row
 
@@ -23,6 +23,8 @@ from equiv.model.rows import IDS, Conversation, Row
 # token ids' own is the tokenizer's. Labels of −100 are no labels.
 _PADDED_WITH = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
 _POSITIONS = "position_ids"
+# What a decoder behind an encoder reads and predicts: of a length of its own.
+_DECODED = {"decoder_input_ids": 0, "decoder_attention_mask": 0, "labels": -100}
 
 
 def padded_rows(
@@ -41,7 +43,8 @@ def padded_rows(
             is longer than the model's positions.
     """
     _check_reader(model, rows, tokenizer)
-    made = [_tensors(row, i, tokenizer) for i, row in enumerate(rows)]
+    pair = is_pair(model)
+    made = [_tensors(row, i, tokenizer, pair) for i, row in enumerate(rows)]
     lengths = [len(row[IDS]) for row in made]
     check_lengths(model, lengths)
     if keep_empty and 0 in lengths:
@@ -69,10 +72,17 @@ def _check_reader(model: nn.Module, rows: Sequence[Row], tokenizer: Any) -> None
     )
 
 
-def _tensors(row: Row, index: int, tokenizer: Any) -> dict[str, Tensor]:
+def _tensors(row: Row, index: int, tokenizer: Any, pair: bool) -> dict[str, Tensor]:
     """One sequence: its token ids, and what else a tokenised row has, each [seq]."""
     if isinstance(row, Mapping):
-        return _columns(row, index)
+        if not pair:
+            return _columns(row, index, (IDS, *_PADDED_WITH, _POSITIONS))
+        source = [n for n in (IDS, *_PADDED_WITH) if n not in _DECODED]
+        decoded = _columns(row, index, tuple(_DECODED))
+        if "decoder_input_ids" in decoded:
+            mask = torch.ones_like(decoded["decoder_input_ids"])
+            decoded = {"decoder_attention_mask": mask, **decoded}
+        return {**_columns(row, index, source), **decoded}
     if isinstance(row, str):
         ids = _of_text(row, tokenizer)
     else:
@@ -80,10 +90,16 @@ def _tensors(row: Row, index: int, tokenizer: Any) -> dict[str, Tensor]:
     return {IDS: torch.tensor(ids, dtype=torch.long)}
 
 
-def _columns(row: Mapping[str, Any], index: int) -> dict[str, Tensor]:
-    names = [n for n in (IDS, *_PADDED_WITH, _POSITIONS) if row.get(n) is not None]
-    found = {n: as_tensor(f"inputs[{index}][{n!r}]", row[n]) for n in names}
-    shape = found[IDS].shape
+def _columns(
+    row: Mapping[str, Any], index: int, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Those of some columns of a row that it has, one value per token each."""
+    found = {
+        name: as_tensor(f"inputs[{index}][{name!r}]", row[name])
+        for name in names
+        if row.get(name) is not None
+    }
+    shape = next(iter(found.values())).shape if found else torch.Size()
     for name, value in found.items():
         if value.shape != shape or value.is_floating_point():
             raise InputsError(
@@ -152,7 +168,7 @@ def _padding(tokenizer: Any) -> int:
 def _padded(rows: Sequence[Mapping[str, Tensor]], pad: int) -> dict[str, Tensor]:
     """Rows padded on the right to one length, and the mask that says so."""
     together = [{"attention_mask": torch.ones_like(row[IDS]), **row} for row in rows]
-    fill = {IDS: pad, **_PADDED_WITH, _POSITIONS: 0}
+    fill = {IDS: pad, **_PADDED_WITH, _POSITIONS: 0, **_DECODED}
     names = [name for name in fill if all(name in row for row in together)]
     return {
         name: torch.nn.utils.rnn.pad_sequence(

@@ -7,7 +7,7 @@ are rows rather than tokens when each of them is one.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from equiv.model.sites import LOGITS, OUTPUT, Site
+from equiv.model.sites import FLOW, LOGITS, OUTPUT, Site
 from equiv.report.numbers import counted, percent, scale
 from equiv.report.values import FitRow, Radius, Row, Scope, Verdict
 from equiv.steering.fits.moments import ENOUGH_TOKENS
@@ -70,6 +70,19 @@ def at(site: str) -> str:
     if pair.read == pair.write:
         return f"at {pair.write}"
     return f"reading {pair.read}, writing {pair.write}"
+
+
+def in_order(sites: Iterable[str]) -> list[str]:
+    """Sites, each once, in the order in which a block computes what they write.
+
+    Example:
+        >>> in_order(["mlp_out", "block_out", "mlp_out", "cross_out"])
+        ['cross_out', 'mlp_out', 'block_out']
+    """
+    found = dict.fromkeys(sites)
+    if not all(Site(site).write in FLOW for site in found):
+        return list(found)
+    return sorted(found, key=lambda site: FLOW.index(Site(site).write))
 
 
 def differ(sites: Iterable[str]) -> bool:
@@ -146,11 +159,19 @@ def subject(report: "Report") -> str:
     """Model, update and inputs in one line."""
     s = report.subject
     size = "one stage" if is_plain(report) else counted(s.num_layers, "layer")
+    if s.encoder_layers:
+        last = s.num_layers - 1
+        size += f" ({_span(0, s.encoder_layers - 1)} the encoder's, "
+        size += f"{_span(s.encoder_layers, last)} the decoder's)"
     return (
         f"{s.model}, {s.num_parameters:,} parameters, {size} · "
         f"{s.update}, {percent(s.update_relative_norm)} of the weights' norm · "
         f"{inputs(report)}"
     )
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first} to {last}" if last > first else str(first)
 
 
 def reach(value: Radius | None) -> str:

@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from equiv.report.grid import Grid
-from equiv.report.naming import has_midpoint, is_plain, reach
+from equiv.report.naming import has_midpoint, in_order, is_plain, reach
 from equiv.report.numbers import figure, percent
 from equiv.report.prose import Prose
 from equiv.report.values import Row, Scope, Verdict
@@ -59,7 +59,7 @@ def share_missed(share: float | None) -> str:
 def _by_layer(title: str, rows: list[Row], cells: list[Text]) -> Grid:
     """A line per layer, a column per site; the model's output in a line of its own."""
     layers = list(dict.fromkeys(row.layer for row in rows))
-    sites = list(dict.fromkeys(row.site for row in rows if row.layer < layers[-1]))
+    sites = in_order(row.site for row in rows if row.layer < layers[-1])
     found = {(r.layer, r.site): cell for r, cell in zip(rows, cells, strict=True)}
     lines = [
         [str(layer), *(found.get((layer, site), Text("")) for site in sites)]

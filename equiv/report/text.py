@@ -14,6 +14,7 @@ from equiv.report.naming import (
     at,
     few,
     heads,
+    in_order,
     is_plain,
     moves_only_output,
     place,
@@ -203,7 +204,7 @@ def _fits(report: "Report") -> Iterator[RenderableType]:
     if not any(fit.misfit_held_out is not None for fit in fits):
         return
     form = fits[0].form
-    sites = list(dict.fromkeys(fit.site for fit in fits))
+    sites = in_order(fit.site for fit in fits)
     cells = {(fit.layer, fit.site): figure(fit.misfit_held_out) for fit in fits}
     if is_plain(report):
         title = f"Share of the site's own shift that {form} leaves (held out)"

@@ -169,3 +169,4 @@ class Subject:
     max_remainder: float | None
     tolerance: float
     versions: tuple[tuple[str, str], ...]
+    encoder_layers: int = 0  # of an encoder–decoder: the first ones are the encoder's

@@ -15,7 +15,7 @@ from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
 from equiv.model.inputs import from_inputs
 from equiv.model.sites import FLOW, SITES, SiteKey, as_site_key
-from equiv.model.stages import prepared
+from equiv.model.stages import Stage, StagedModel, prepared
 from equiv.shift.derivative import CENTRAL, CHOICES, JVP
 from equiv.shift.propagate import propagate
 from equiv.shift.silent import check_derivative
@@ -141,7 +141,8 @@ class Shifts:
             wanted = only is None or stage.layer == only
             if wanted and inside and stage.layer in self._layers:
                 for site in self._sites or stage.sites:
-                    yield _gather(stage.layer, site, kept, self._batches)
+                    if site in stage.sites or "->" in site:
+                        yield _gather(cut, stage, site, kept)
             if only is not None and inside and stage.layer >= only:
                 return
 
@@ -208,7 +209,7 @@ def shifts(
 
 
 def _gather(
-    layer: int, site: str, traces: Sequence[Trace], batches: Sequence[Batch]
+    cut: StagedModel, stage: Stage, site: str, traces: Sequence[Trace]
 ) -> Shift:
     parts: dict[str, list[Tensor]] = {}
     for trace in traces:
@@ -222,14 +223,14 @@ def _gather(
             "midpoint": tangents[0.5][site] if tangents else zero,
             "local_exact": local[1.0][site] - local[0.0][site] if local else zero,
             "local_first_order": trace.local_tangents[0.0][site] if local else zero,
-            "mask": batches[trace.batch].mask,
+            "mask": cut.mask(stage, trace.batch),
         }
         for name, value in values.items():
             parts.setdefault(name, []).append(value)
-    index = torch.tensor([n for trace in traces for n in batches[trace.batch].index])
+    index = torch.tensor([n for t in traces for n in cut.batches[t.batch].index])
     order = index.argsort()
     joined = {name: _joined(part)[order] for name, part in parts.items()}
-    return Shift(layer, site, **joined, derivative=traces[0].derivative)
+    return Shift(stage.layer, site, **joined, derivative=traces[0].derivative)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

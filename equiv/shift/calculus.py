@@ -117,13 +117,15 @@ class Selection:
 
     def takes(self, stage: Stage) -> tuple[str, ...]:
         """The sites of a stage that become rows."""
-        if stage.name == "embed":
+        if stage.name in ("embed", "bridge"):
             return ()
         if stage.name == "head":
             return (stage.output,)
         if stage.name == "module":
             return (*self.sites, stage.output)
-        return self.sites if stage.layer in self.layers else ()
+        if stage.layer not in self.layers:
+            return ()
+        return tuple(site for site in self.sites if site in stage.sites)
 
 
 def taylor_points(scales: Sequence[float], midpoint: bool) -> tuple[Point, ...]:
@@ -154,7 +156,7 @@ def curves(
     )
     for _, _, traces in passes:
         for trace in traces:
-            mask = cut.batches[trace.batch].mask
+            mask = cut.mask(trace.stage, trace.batch)
             for key, values, tangents in scopes(trace, selection):
                 curve = found.setdefault(key, Curve(step=step))
                 _add(curve, key[1], values, tangents, mask, scales, midpoint)

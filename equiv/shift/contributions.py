@@ -30,8 +30,9 @@ class Contributions:
     Attributes:
         measure: "kl" where half the square is KL to second order, "output" where it is
             that of the final output.
-        stages: The stages that the update touches: −1 is the embedding, 0 … the
-            blocks, the number of blocks the head.
+        stages: The stages that the update touches: −1 is the embedding (of an
+            encoder–decoder both, with the encoder's last norm), 0 … the blocks, the
+            number of blocks the head.
         shares: ⟨c_k, c⟩/‖c‖² of each; they sum to 1, negative where an update undoes
             what others do.
         alone: ‖c_k‖²/‖c‖² of each; they need not sum to anything.

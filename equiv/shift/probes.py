@@ -52,6 +52,7 @@ class Probing:
         low: Names whose low-rank factors are applied beside the weight.
         count: Probes of each batch.
         passed: By layer and batch, once `backwards` has begun.
+        bridged: By batch, what an encoder's blocks gave.
     """
 
     cut: StagedModel
@@ -61,6 +62,7 @@ class Probing:
     low: Sequence[str]
     count: int
     passed: dict[int, dict[int, Passed]] = field(default_factory=dict)
+    bridged: dict[int, Tensor] = field(default_factory=dict)
 
     def backwards(self, seed: int) -> Iterator[tuple[int, Felt]]:
         """(layer, what the output feels there), from the last block to the first."""
@@ -71,9 +73,15 @@ class Probing:
             for batch, end in ends.items()
         }
         for stage in reversed(self.cut.stages):
-            if stage.name != "block":
+            if stage.name not in ("block", "bridge"):
                 continue
             tensors = self.cut.tensors(stage)
+            if stage.name == "bridge":
+                for batch, weights in arriving.items():
+                    arriving[batch] = self._back(
+                        stage, self.bridged[batch], batch, weights
+                    )
+                continue
             felt: dict[int, Sequence[Sites]] = {}
             for batch, weights in arriving.items():
                 arriving[batch], felt[batch] = self._through(
@@ -95,9 +103,12 @@ class Probing:
                     continue
                 if stage.name == "block":
                     shift = trace.values[1.0]["block_out"] - base["block_out"]
-                    kept = {site: base[site] for site in self.reads | self.writes}
+                    wanted = (self.reads | self.writes) & set(stage.sites)
+                    kept = {site: base[site] for site in wanted}
                     passed = Passed(hidden[trace.batch], kept, shift)
                     self.passed.setdefault(stage.layer, {})[trace.batch] = passed
+                elif stage.name == "bridge":
+                    self.bridged[trace.batch] = hidden[trace.batch]
                 hidden[trace.batch] = base[stage.output]
         return ends
 
@@ -105,20 +116,25 @@ class Probing:
         self, batch: int, hidden: Tensor, output: Tensor, generator: torch.Generator
     ) -> list[Tensor]:
         """Every probe, pulled back to the head's input."""
-        cut, head = self.cut, self.cut.stages[-1]
-        tensors = cut.tensors(head)
-        noted = cut.notebooks(head, tensors)
-
-        def run(x: Tensor, own: dict[str, Tensor]) -> Tensor:
-            return cut.run(head, {**tensors, **own}, x, batch)[0]
-
-        pull = pullback(run, hidden, noted)
-        metric = metric_of(cut, output, batch)
-        pulled = []
+        metric = metric_of(self.cut, output, batch)
+        drawn = []
         for _ in range(self.count):
             signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-            pulled.append(pull(metric.root(signs.to(output)))[0])
-        return pulled
+            drawn.append(metric.root(signs.to(output)))
+        return self._back(self.cut.stages[-1], hidden, batch, drawn)
+
+    def _back(
+        self, stage: Stage, hidden: Tensor, batch: int, weights: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What is felt at the input of a stage without sites, for every probe."""
+        cut, tensors = self.cut, self.cut.tensors(stage)
+        noted = cut.notebooks(stage, tensors)
+
+        def run(x: Tensor, own: dict[str, Tensor]) -> Tensor:
+            return cut.run(stage, {**tensors, **own}, x, batch)[0]
+
+        pull = pullback(run, hidden, noted)
+        return [pull(weight)[0] for weight in weights]
 
     def _through(
         self,
@@ -130,9 +146,8 @@ class Probing:
         """What is felt at a block's input, and at its sites, for every probe."""
         passed = self.passed[stage.layer][batch]
         known = {**passed.sites, "block_out": passed.shift}
-        none = {
-            site: torch.zeros_like(known[site]) for site in self.writes | {"block_out"}
-        }
+        written = (self.writes & set(stage.sites)) | {"block_out"}
+        none = {site: torch.zeros_like(known[site]) for site in written}
 
         def run(x: Tensor, added: Sites) -> Tensor:
             steer = {site: _always(value) for site, value in added.items()}

@@ -193,7 +193,7 @@ def _measure(
     passes = propagate(cut, update, points, low=low, local=local, derivative=derivative)
     for _, _, traces in passes:
         for trace in traces:
-            mask = cut.batches[trace.batch].mask
+            mask = cut.mask(trace.stage, trace.batch)
             for key, f, d in scopes(trace, selection):
                 for mid in (False, True):
                     k = asked.get((key, mid))

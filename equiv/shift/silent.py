@@ -128,11 +128,23 @@ def _first_off(cut: StagedModel, trace: Trace, steps: Sequence[float]) -> float 
     """How far the first site of a stage is off whose derivative is wrong."""
     if not trace.moved:
         return None
-    tangents, mask = trace.tangents[0.0], cut.batches[trace.batch].mask
+    tangents = trace.tangents[0.0]
     values = {scale: trace.values[scale] for scale in trace.values}
-    sites = (*trace.stage.sites, trace.stage.output)
-    found = (_slopes(values, tangents, site, mask, steps).off() for site in sites)
+    sites = dict.fromkeys((*trace.stage.sites, trace.stage.output))
+    found = (
+        _slopes(values, tangents, site, _mask(cut, trace, tangents[site]), steps).off()
+        for site in sites
+    )
     return next((off for off in found if off is not None), None)
+
+
+def _mask(cut: StagedModel, trace: Trace, x: Tensor) -> Tensor:
+    """The tokens that count among those of an activation: of either stack, or both."""
+    own, source = cut.mask(trace.stage, trace.batch), cut.batches[trace.batch].source
+    if source is not None and x.shape[:2] != own.shape:
+        both = torch.cat([source, own], dim=1)
+        return both if x.shape[:2] == both.shape else source
+    return own
 
 
 def _slopes(
@@ -180,8 +192,9 @@ class _Stage:
         self.below = below
         self.noted = cut.notebooks(stage, dict(tensors))
 
-    def outputs(self, batch: int) -> Iterator[tuple[str, Slopes]]:
+    def outputs(self, trace: Trace) -> Iterator[tuple[str, Slopes]]:
         """(module, its slopes) in the order in which calls end, inner ones first."""
+        batch = trace.batch
         hidden, coming = self._arriving()
         at = {name: self.tensors[name] for name in self.change}
 
@@ -199,8 +212,8 @@ class _Stage:
         for t in (sign * step for step in self.steps for sign in (1, -1)):
             moved = (_moved(x, v, t) for x, v in zip(primals, along, strict=True))
             values[t] = run(*moved)
-        mask = self.cut.batches[batch].mask
         for name in base:
+            mask = _mask(self.cut, trace, base[name])
             yield name, _slopes(values, claimed, name, mask, self.steps)
 
     def _arriving(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -244,7 +257,7 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _named(stage: _Stage, trace: Trace, off: float) -> ForwardModeError:
     """The error that names the innermost module that is wrong."""
-    for name, slopes in stage.outputs(trace.batch):
+    for name, slopes in stage.outputs(trace):
         found = slopes.off()
         if found is not None:
             return silent(name.rpartition(",")[0], found)

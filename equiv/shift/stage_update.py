@@ -35,8 +35,8 @@ class StageUpdate:
         own = {
             name: update.deltas[name] for name in stage.names if name in update.deltas
         }
-        if stage.name == "embed":
-            cut.check_update(own)
+        if stage.name in ("embed", "bridge"):
+            cut.check_update(stage, own)
         self.dense: dict[str, Tensor] = {}
         self.low: dict[str, tuple[Tensor, Tensor]] = {}
         for name, delta in own.items():

@@ -114,12 +114,19 @@ def _moved(
     trace: Trace,
     stream: _Carried,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Every shift carried through a stage by itself, and the stage's own."""
+    """Every shift carried through a stage by itself, and the stage's own.
+
+    The two embeddings of an encoder–decoder count as one.
+    """
     linear = _Linear(cut, stage, tensors, stream.hidden, trace.batch)
+    own = trace.local_tangents[0.0][stage.output] if trace.touched else None
     for layer, delta in stream.deltas:
-        yield layer, linear.forward(delta)
-    if trace.touched:
-        yield stage.layer, trace.local_tangents[0.0][stage.output]
+        carried = linear.forward(delta)
+        if layer == stage.layer and own is not None:
+            carried, own = carried + own, None
+        yield layer, carried
+    if own is not None:
+        yield stage.layer, own
 
 
 def _at_the_end(

@@ -115,4 +115,6 @@ def _add_coverage(
     sums.shift_skip.add(block - mlp)
     sums.mlp.add(base["mlp_out"])
     sums.attn.add(base["attn_out"])
+    if "cross_out" in base:
+        sums.attn.add(base["cross_out"])
     sums.block.add(base["block_out"])

@@ -12,219 +12,15 @@ import torch
 from torch import nn
 
 from equiv.errors import ArgumentError
+from equiv.testing.configurations import CLASSES, SPREAD
+from equiv.testing.configurations import EVERY_FAMILY as EVERY_FAMILY
+from equiv.testing.configurations import FAMILIES as FAMILIES
+from equiv.testing.configurations import PAIRED as PAIRED
+from equiv.testing.configurations import VOCABULARY as VOCABULARY
 
 # Smooth ones first; a ReLU has kinks, where second order may fail.
 SMOOTH = {"tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "identity": nn.Identity}
 ACTIVATIONS = {**SMOOTH, "relu": nn.ReLU}
-
-VOCABULARY = 32
-_SPREAD = 0.2  # standard deviation of the weights
-
-# No padding token: its embedding would be zero, where an RMS norm bends so sharply
-# (over a distance of √ε) that no probed scale of an update is small.
-_LLAMA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": _SPREAD,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 16,
-    "n_inner": 24,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 64,
-    "initializer_range": _SPREAD,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": _SPREAD,
-}
-
-_GEMMA2 = {
-    **_LLAMA,
-    "query_pre_attn_scalar": 8,
-    "sliding_window": 32,
-    "pad_token_id": None,
-}
-# Some layers see four tokens back, some all of them.
-_SLIDING = {
-    "sliding_window": 4,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-_GROUPED = {k: v for k, v in _LLAMA.items() if k != "head_dim"}
-_MIXTURE = {
-    **_LLAMA,
-    "moe_intermediate_size": 12,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-}
-_DEEPSEEK = {
-    **{k: v for k, v in _LLAMA.items() if k != "head_dim"},
-    "num_key_value_heads": 2,
-    "moe_intermediate_size": 12,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
-_NEOX = {**_BERT, "hidden_act": "gelu", "bos_token_id": 1, "eos_token_id": 2}
-_OPT = {
-    **_BERT,
-    "ffn_dim": 24,
-    "word_embed_proj_dim": 16,
-    "init_std": _SPREAD,
-    "activation_function": "gelu",
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_FALCON = {
-    **{k: v for k, v in _BERT.items() if k != "intermediate_size"},
-    "ffn_hidden_size": 24,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MAMBA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "state_size": 4,
-    "num_hidden_layers": 2,
-    "expand": 2,
-    "conv_kernel": 3,
-    "initializer_range": _SPREAD,
-    "residual_in_fp32": False,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MAMBA2 = {**_MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
-
-_MODERNBERT = {
-    **_BERT,
-    "local_attention": 4,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "cls_token_id": 1,
-    "eos_token_id": 2,
-    "sep_token_id": 2,
-}
-_DEBERTA = {
-    **_BERT,
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "position_buckets": 8,
-    "position_biased_input": False,
-}
-_IMAGES = {
-    **{
-        k: v
-        for k, v in _BERT.items()
-        if k not in ("vocab_size", "max_position_embeddings")
-    },
-    "image_size": 8,
-    "patch_size": 4,
-}
-_WHISPER = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "num_mel_bins": 4,
-    "max_source_positions": 6,
-    "init_std": _SPREAD,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-}
-
-# Family → names of configuration and model class in transformers, and the settings.
-_CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
-    "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GEMMA2),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _LLAMA),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),
-    "bert": ("BertConfig", "BertForMaskedLM", _BERT),
-}
-FAMILIES = tuple(_CLASSES)  # one of every kind of block; tests of everything run these
-_CLASSES |= {
-    "clip_text_model": ("CLIPTextConfig", "CLIPTextModel", _BERT),
-    "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel", _IMAGES),
-    "cohere": ("CohereConfig", "CohereForCausalLM", _GROUPED),
-    "cohere2": ("Cohere2Config", "Cohere2ForCausalLM", {**_LLAMA, **_SLIDING}),
-    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _DEEPSEEK),
-    "deberta-v2": ("DebertaV2Config", "DebertaV2ForMaskedLM", _DEBERTA),
-    "electra": ("ElectraConfig", "ElectraForMaskedLM", {**_BERT, "embedding_size": 12}),
-    "falcon": ("FalconConfig", "FalconForCausalLM", _FALCON),
-    "gemma": ("GemmaConfig", "GemmaForCausalLM", _LLAMA),
-    "gemma3_text": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {**_GEMMA2, **_SLIDING},
-    ),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _NEOX),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {**_MIXTURE, **_SLIDING}),
-    "gptj": ("GPTJConfig", "GPTJForCausalLM", {**_GPT2, "rotary_dim": 4}),
-    "granite": (
-        "GraniteConfig",
-        "GraniteForCausalLM",
-        {**_GROUPED, "residual_multiplier": 0.4, "attention_multiplier": 0.5},
-    ),
-    "mamba": ("MambaConfig", "MambaForCausalLM", _MAMBA),
-    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", _MAMBA2),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _MIXTURE),
-    "modernbert": ("ModernBertConfig", "ModernBertForMaskedLM", _MODERNBERT),
-    "olmo": ("OlmoConfig", "OlmoForCausalLM", _GROUPED),
-    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {**_GROUPED, **_SLIDING}),
-    "opt": ("OPTConfig", "OPTForCausalLM", _OPT),
-    "phi": ("PhiConfig", "PhiForCausalLM", {**_GROUPED, "partial_rotary_factor": 0.5}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_GROUPED, "pad_token_id": None}),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        "Qwen2MoeForCausalLM",
-        {**_MIXTURE, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]},
-    ),
-    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MIXTURE),
-    "roberta": ("RobertaConfig", "RobertaForMaskedLM", _BERT),
-    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**_GROUPED, "pad_token_id": 0}),
-    "stablelm": ("StableLmConfig", "StableLmForCausalLM", _GROUPED),
-    "vit": ("ViTConfig", "ViTModel", _IMAGES),
-    "whisper": ("WhisperConfig", "WhisperModel", _WHISPER),
-    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaForMaskedLM", _BERT),
-}
-EVERY_FAMILY = tuple(_CLASSES)
 
 
 def mlp(
@@ -272,8 +68,8 @@ def transformer(
 ) -> Any:
     """A tiny Hugging Face model of a family, with random weights, in eval mode.
 
-    Two layers of width 16 over 32 token ids unless `config` says otherwise. Of Whisper
-    the encoder.
+    Two layers of width 16 over 32 token ids unless `config` says otherwise; two each
+    in the encoder and the decoder of families that have both.
 
     Args:
         family: One of `EVERY_FAMILY`.
@@ -291,25 +87,26 @@ def transformer(
     """
     import transformers
 
-    if family not in _CLASSES:
+    if family not in CLASSES:
         raise ArgumentError(
             f"Expected a family in {', '.join(EVERY_FAMILY)}, got {family!r}."
         )
-    config_name, model_name, settings = _CLASSES[family]
+    config_name, model_name, settings = CLASSES[family]
     made = getattr(transformers, config_name)(**{**settings, **config})
     with _seeded(seed):
         model = getattr(transformers, model_name)(made)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases and norms: away from exact 0 and 1
-                parameter.data += _SPREAD * torch.randn_like(parameter)
+                parameter.data += SPREAD * torch.randn_like(parameter)
     if any("experts" in name for name, _ in model.named_modules()):
         model.set_experts_implementation("eager")  # others know no float64
-    whole = model.to(dtype=dtype).eval()
-    return whole.get_encoder() if family == "whisper" else whole
+    return model.to(dtype=dtype).eval()
 
 
 def example(model: Any, *, seed: int = 0) -> dict[str, Any]:
     """Inputs for a small model: what it reads, drawn by a seed, two of each.
+
+    A decoder behind an encoder reads fewer tokens than the encoder.
 
     Example:
         >>> example(transformer("vit"))["pixel_values"].shape
@@ -317,14 +114,21 @@ def example(model: Any, *, seed: int = 0) -> dict[str, Any]:
     """
     generator = torch.Generator().manual_seed(seed)
     config, name = model.config, model.main_input_name
+    read = {"decoder_input_ids": (2, 4)} if config.is_encoder_decoder else {}
+    ids = {"input_ids": (2, 6), **read} if name == "input_ids" else read
+    drawn = {
+        name: torch.randint(3, VOCABULARY, shape, generator=generator)
+        for name, shape in ids.items()
+    }
     if name == "input_ids":
-        return {name: torch.randint(3, VOCABULARY, (2, 6), generator=generator)}
+        return drawn
     shape = (
         (config.num_channels, config.image_size, config.image_size)
         if name == "pixel_values"
         else (config.num_mel_bins, 2 * config.max_source_positions)
     )
-    return {name: torch.randn(2, *shape, generator=generator, dtype=model.dtype)}
+    sounds = torch.randn(2, *shape, generator=generator, dtype=model.dtype)
+    return {name: sounds, **drawn}
 
 
 @contextmanager

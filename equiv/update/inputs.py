@@ -9,6 +9,7 @@ from torch.func import functional_call
 from equiv.errors import InputsError
 from equiv.model.batches import Batch
 from equiv.model.drawn import random_inputs, sampled
+from equiv.model.families import is_pair
 from equiv.model.inputs import are_texts, from_inputs
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
@@ -35,10 +36,10 @@ def inputs_for(
 def _samples(model: nn.Module, update: Update, seed: int) -> Tensor:
     """Half sampled from the base, half from the tuned model."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is None or not hasattr(model, "lm_head"):
+    if size is None or not hasattr(model, "lm_head") or is_pair(model):
         raise InputsError(
-            f'"samples" needs a model that generates text, got {type(model).__name__}. '
-            "Pass texts or tensors."
+            '"samples" needs a model that generates text from nothing, got '
+            f"{type(model).__name__}. Pass texts or tensors."
         )
     base = {name: p.detach() for name, p in model.named_parameters()}
     moved = {

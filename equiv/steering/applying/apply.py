@@ -1,6 +1,6 @@
 """`equiv.steer`: a model with steering added at its sites, for as long as a `with`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,7 +46,9 @@ def steer(
     which the attention mask tells. The prompt is what `generate` is given, or a forward
     without a cache; what a forward is given on top of a cache is generated. Or they are
     a mask of tokens: its columns are those of the prompt, padding included, and tokens
-    after its last column are not steered.
+    after its last column are not steered. In an encoder–decoder each stack counts what
+    it reads: of the encoder all is prompt, of the decoder inside `generate` what comes
+    before the first new token.
 
     Args:
         model: A Hugging Face model of a known family, also inside a `PeftModel` or
@@ -84,18 +86,26 @@ def steer(
     rows = None if index is None else _rows(index, len(members))
     inner = _inside(model)
     blocks = find_blocks(inner)
-    tokens = None
-    if rows is not None or not _everything(chosen[0]):
-        tokens = Tokens(chosen, rows)
+    banks = _banks(layers)
+    told = rows is not None or not _everything(chosen[0])
+    first = blocks.first if blocks is not None else 0
     with ExitStack() as stack:
-        if tokens is not None and blocks is None:
+        tokens: dict[bool, Tokens] = {}  # by whether their stack is a decoder's
+        if told and blocks is None:
             _check_masks(chosen)
-            tokens.fix()
-        elif tokens is not None and blocks is not None:
+            tokens = {False: Tokens(chosen, rows)}
+            tokens[False].fix()
+        elif told and blocks is not None:
             _check_prompts(model, chosen)
-            stack.callback(tokens.follow(inner, _backbone(inner, blocks)))
-        for layer, banks in _banks(layers).items():
-            put_on(stack, inner, blocks, layer, banks, tokens)
+            steered = {layer >= first > 0 for layer in banks}
+            _check_one_stack(chosen, steered)
+            for decodes in steered:
+                own = tokens[decodes] = Tokens(chosen, rows)
+                found = _backbone(inner, blocks.stacks[decodes])
+                stack.callback(own.follow(inner, found, decodes=decodes))
+        for layer, own_banks in banks.items():
+            of_stack = tokens.get(layer >= first > 0)
+            put_on(stack, inner, blocks, layer, own_banks, of_stack)
         yield model
 
 
@@ -196,6 +206,16 @@ def _check_prompts(model: nn.Module, chosen: Sequence[Chosen]) -> None:
             raise ArgumentError(
                 f"Expected `positions` as a mask [batch, seq], got {tuple(c.shape)}."
             )
+
+
+def _check_one_stack(chosen: Sequence[Chosen], stacks: Collection[bool]) -> None:
+    """Refuse a mask of tokens for an encoder and a decoder, which read two texts."""
+    if len(stacks) > 1 and any(isinstance(c, Tensor) for c in chosen):
+        raise ArgumentError(
+            "Expected `positions` in words, or steering of one stack: a mask [batch, "
+            "seq] is of the tokens that either the encoder or the decoder reads. Steer "
+            "each inside the other's `with`."
+        )
 
 
 def _backbone(model: nn.Module, blocks: Blocks) -> nn.Module:

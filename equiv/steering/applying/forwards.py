@@ -17,6 +17,7 @@ from equiv.errors import ArgumentError
 from equiv.model.batches import MAIN
 from equiv.steering.applying.positions import Positions, window
 
+SOUNDS = "input_features"  # what Whisper's encoder reads
 Chosen = Positions | Tensor  # in words, or as a mask, bool [batch, seq]
 
 
@@ -38,12 +39,21 @@ class Generation:
     real: Tensor | None = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "Generation":
-        """From the arguments of `generate` by name."""
+    def of(cls, arguments: Mapping[str, Any], *, decodes: bool = False) -> "Generation":
+        """From the arguments of `generate` by name.
+
+        Args:
+            arguments: They.
+            decodes: Whether it is of a decoder behind an encoder: its prompt is what
+                its first forward is given, its start token if nothing else.
+        """
         mask = arguments.get("attention_mask")
-        names = ("inputs_embeds", "inputs", "input_ids")  # as `generate` prefers them
-        found = [arguments[n] for n in names if arguments.get(n) is not None]
-        shape = (found[0] if found else torch.empty(1)).shape
+        # As `generate` prefers them.
+        names = ("inputs_embeds", "inputs", "input_ids", SOUNDS)
+        found = [n for n in names if arguments.get(n) is not None]
+        shape = (arguments[found[0]] if found else torch.empty(1)).shape
+        if decodes or found[:1] == [SOUNDS]:
+            return cls(shape[0], None, None)
         if mask is not None:  # of all columns, where only the new ones are given
             return cls(shape[0], mask.shape[1], mask)
         return cls(shape[0], shape[1] if found else None, None)
@@ -77,19 +87,33 @@ class Forward:
 
     @classmethod
     def of(
-        cls, arguments: Mapping[str, Any], generation: Generation | None
+        cls,
+        arguments: Mapping[str, Any],
+        generation: Generation | None,
+        positions: int | None = None,
     ) -> "Forward | None":
-        """From the arguments by name; `None` if it is given no tokens."""
+        """From the arguments by name; `None` if it is given no tokens.
+
+        Args:
+            arguments: They.
+            generation: The call of `generate` that it is part of.
+            positions: How many an encoder of sounds makes of what it is given.
+        """
         found = [arguments[n] for n in MAIN if arguments.get(n) is not None]
-        if not found:
+        sounds = arguments.get(SOUNDS)
+        if found:
+            main, length = found[0], found[0].shape[1]
+        elif sounds is not None and positions is not None:
+            main, length = sounds, positions
+        else:
             return None
         cache = arguments.get("past_key_values")
         return cls(
-            batch=found[0].shape[0],
-            length=found[0].shape[1],
+            batch=main.shape[0],
+            length=length,
             start=0 if cache is None else cache.get_seq_length(),
             mask=arguments.get("attention_mask"),
-            device=found[0].device,
+            device=main.device,
             generation=generation,
         )
 

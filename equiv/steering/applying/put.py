@@ -46,11 +46,11 @@ def put_on(
         for own in bank.values()
         for read in own
     }
-    joins = blocks is not None and blocks.joins_middle
-    middle = joins and "resid_mid" in banks  # formed from what two places see
+    joined = "" if blocks is None else blocks.joined(layer)
+    middle = joined and "resid_mid" in banks  # formed from what several places see
     sites = {site for pair in pairs for site in pair}
     if middle:
-        sites.add("attn_out")
+        sites |= {"attn_out", joined}
     # In the block's own order: in OLMo-2 two sites are one place.
     order = {site: number for number, site in enumerate(FLOW)}
     places = {
@@ -66,7 +66,7 @@ def put_on(
         for site, place in places.items():
             _hook(stack, place, _alone(site, combine[site]))
         return
-    writes = Writes(combine, joins_middle=joins)
+    writes = Writes(combine, joined=joined)
     if blocks is not None:
         block = blocks.block(layer)
         _hook(stack, Place(block, "input"), _entering(writes))

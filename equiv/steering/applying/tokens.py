@@ -30,18 +30,27 @@ class Tokens:
         self._used = [0] if rows is None else sorted(set(rows) - {-1})
         self._generations: list[Generation] = []  # the innermost last
         self._now: tuple[Tensor, list[int]] | None = None
+        self._decodes = False
+        self._positions: int | None = None
 
-    def follow(self, model: nn.Module, backbone: nn.Module) -> Callable[[], None]:
+    def follow(
+        self, model: nn.Module, backbone: nn.Module, *, decodes: bool = False
+    ) -> Callable[[], None]:
         """Follow the forwards of a Hugging Face model, and its `generate`.
 
         Args:
             model: The model.
             backbone: The part of it that holds the blocks: every forward passes it,
                 also those that reach `model.forward` past its hooks, as PEFT's do.
+            decodes: Whether that is the decoder behind an encoder.
 
         Returns:
             A function that ends it.
         """
+        self._decodes = decodes
+        if not decodes:
+            config = getattr(backbone, "config", None)
+            self._positions = getattr(config, "max_source_positions", None)
         stack = ExitStack()
         stack.callback(note_calls(backbone, "forward", _Forwards(self)))
         if hasattr(model, "generate"):
@@ -55,7 +64,8 @@ class Tokens:
 
     def begin_generation(self, arguments: Mapping[str, Any]) -> None:
         """A call of `generate` begins."""
-        self._generations.append(Generation.of(arguments))
+        found = Generation.of(arguments, decodes=self._decodes)
+        self._generations.append(found)
 
     def end_generation(self) -> None:
         """A call of `generate` is over."""
@@ -68,7 +78,7 @@ class Tokens:
             ArgumentError: If rows or masks do not fit it.
         """
         generation = self._generations[-1] if self._generations else None
-        forward = Forward.of(arguments, generation)
+        forward = Forward.of(arguments, generation, self._positions)
         if forward is None:
             return  # the model says so itself
         rows = None if self.rows is None else forward.rows(self.rows, "index")

@@ -210,7 +210,7 @@ class Chain:
             _, sites = self.cut.run(stage, tensors, hidden, batch, steer=steers)
             missing = tuned[batch][aimed] - sites[aimed]
             keep = fitted_tokens(
-                self.cut.batches[batch].mask,
+                self.cut.mask(stage, batch),
                 stream_of(sites, read),
                 first_position=spec.first_position,
             )
@@ -223,5 +223,5 @@ class Chain:
 
 
 def everywhere(cut: StagedModel, spec: Spec) -> Plan:
-    """The same steer in every layer."""
-    return dict.fromkeys(cut.layers, (spec,))
+    """The same steer in every layer that has its sites."""
+    return dict.fromkeys(cut.layers_with(spec.site), (spec,))

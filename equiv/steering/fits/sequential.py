@@ -91,7 +91,7 @@ def fit_sequential(
         order: "sequential", or "simultaneous": every layer on the unsteered stream.
         scope: The shift that simultaneous fits make: the block's own, "local", or the
             whole one, "propagated", which counts the layers below again.
-        layers: Layers that get steering; `None` for all.
+        layers: Layers that get steering; `None` for all that have the site.
         tokenizer: Tokenizer for texts.
         ridge: Relative ridge of the fits; `None` to choose it, per steer, on a quarter
             of the sequences, before all are fitted.
@@ -135,7 +135,8 @@ def fit_sequential(
     )
     blocks = find_blocks(model)
     count = len(blocks.modules) if blocks else 1
-    chosen = as_layers(layers, count) or tuple(range(count))
+    everywhere = range(count) if blocks is None else blocks.layers_with(spec.site)
+    chosen = as_layers(layers, count) or tuple(everywhere)
     asked = dict.fromkeys(chosen, (spec,)) if plan is None else as_plan(plan, spec)
     as_layers(asked, count)
     update = resolve(model, delta_w)
@@ -146,6 +147,9 @@ def fit_sequential(
         measured(model),
         staged(model, batches, dtype, sites=sites, low_names=low) as cut,
     ):
+        for layer, specs in asked.items() if blocks else ():
+            for own in specs:
+                cut.check_site(layer, own.site)
         if simultaneous:
             fits = _at_once(cut, update, asked, low, choosing, scope)
         else:
@@ -231,7 +235,7 @@ def _upwards(
         if stage.name == "embed":
             for trace in traces:
                 chain.enter(trace.batch, trace.values[0.0][stage.output])
-        elif stage.name == "head" or stage.layer > max(plan):
+        elif stage.layer > max(plan):
             break
         else:
             chain.step(stage, tensors, list(traces))
@@ -274,7 +278,7 @@ def _pair(
     aimed, read = aim(cut, spec.site, spec.target), Site(spec.site).read
     base: Mapping[str, Tensor] = trace.values[0.0]
     keep = fitted_tokens(
-        cut.batches[trace.batch].mask,
+        cut.mask(trace.stage, trace.batch),
         stream_of(dict(base), read),
         first_position=spec.first_position,
     )

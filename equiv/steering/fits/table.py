@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from equiv.model.sites import Site
+from equiv.model.sites import Site, read_and_written
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.measures import counted
 from equiv.shift.traces import Trace
@@ -46,9 +46,11 @@ class MomentTable:
         table = self.held_out if held else self.fitting
         base, tuned = trace.values[0.0], trace.values[1.0]
         for site in self.sites:
+            if not set(read_and_written([site])) <= set(stage.sites):
+                continue
             for read, aimed in self.pairs(site):
                 moments = table.setdefault((stage.layer, read, aimed), Moments())
-                mask = self.cut.batches[trace.batch].mask
+                mask = self.cut.mask(stage, trace.batch)
                 x = base[Site(read).read]
                 keep = fitted_tokens(mask, stream_of(base, Site(read).read))
                 shift = tuned[aimed] - base[aimed]

@@ -58,11 +58,9 @@ class Way:
 def way(cut: StagedModel, layer: int, site: str, later: Later) -> Way:
     """The way from a layer's steer to a later site."""
     end, name = later.place(cut, layer)
-    inside = tuple(
-        (stage, cut.tensors(stage))
-        for stage in cut.stages
-        if stage.name != "embed" and layer <= stage.layer <= end
-    )
+    numbers = [stage.layer for stage in cut.stages]
+    begin, last = numbers.index(layer), numbers.index(end)
+    inside = tuple((s, cut.tensors(s)) for s in cut.stages[begin : last + 1])
     return Way(cut, inside, site, name)
 
 
@@ -137,7 +135,7 @@ def part_of(
     """
     stage, tensors = road.inside[0]
     _, sites = road.cut.run(stage, tensors, hidden, batch)
-    site, mask = Site(road.site), road.cut.batches[batch].mask
+    site, mask = Site(road.site), road.cut.mask(stage, batch)
     keep = fitted_tokens(
         mask, stream_of(sites, site.read), first_position=first_position
     )

@@ -157,10 +157,12 @@ def _streams(
     end, name = later.place(cut, layer)
     hidden: dict[int, Tensor] = {}
     points = (Point(0.0), TUNED)
-    for stage, _, traces in propagate(cut, update, points, low=low):
+    below = [stage.layer for stage in cut.stages].index(layer) - 1
+    passes = propagate(cut, update, points, low=low)
+    for number, (stage, _, traces) in enumerate(passes):
         if stage.layer == end:
             return hidden, {t.batch: t.values[1.0][name] for t in traces}
         for trace in traces:
-            if stage.layer == layer - 1:
+            if number == below:
                 hidden[trace.batch] = trace.values[0.0][stage.output]
     raise AssertionError("a stage that ends the way")

@@ -208,8 +208,8 @@ def blocks_of(model: nn.Module) -> Blocks:
         raise UnsupportedModelError(
             "Expected blocks whose attention and MLP each end in one linear layer that "
             "writes to the stream, the MLP after attention and both as they are; those "
-            f"of {type(model).__name__} are mixtures, parallel, scaled or of other "
-            "kinds, and no rule is for them."
+            f"of {type(model).__name__} are mixtures, parallel, scaled, attend to an "
+            "encoder or are of other kinds, and no rule is for them."
         )
     return found
 
@@ -218,7 +218,8 @@ def _are_sequential(known: Architecture) -> bool:
     """Whether the rules hold: two halves, one after the other, added unscaled."""
     layers = (known.attn_projection, known.mlp_projection, *known.mlp_readers)
     whole = bool(known.mlp_readers) and all(layers)
-    return whole and known.resid_mid is not None and not known.write_scale
+    plain = known.resid_mid is not None and not known.write_scale
+    return whole and plain and not known.cross_out
 
 
 def widths_of(model: nn.Module, blocks: Blocks, index: int) -> dict[str, int]:
