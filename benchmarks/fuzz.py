@@ -34,8 +34,10 @@ import torch
 
 import equiv
 from benchmarks.support_table import RELATIVE_NORM, Family, Row
-from equiv.testing.models import EVERY_FAMILY, example, transformer
+from equiv.testing.models import EVERY_FAMILY, PAIRED, example, transformer
 
+# One encoder–decoder, so that a seed draws what it drew before there were others.
+FAMILIES = sorted({*EVERY_FAMILY} - {*PAIRED} | {"whisper"})
 SMALLER = (1.0, 1 / 8, 1 / 64)
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "tanh")
 EITHER = (
@@ -108,7 +110,7 @@ class Outcome:
 def draw(seed: int) -> Drawn:
     """The family and configuration of a seed."""
     source = random.Random(seed)
-    family = source.choice(sorted(EVERY_FAMILY))
+    family = source.choice(FAMILIES)
     return Drawn(seed, family, _config(family, source))
 
 

@@ -45,6 +45,7 @@ from equiv.model.families import find_blocks
 from equiv.model.guard import measured
 from equiv.model.inputs import from_inputs
 from equiv.model.probe import landings
+from equiv.model.sites import FLOW
 from equiv.model.stages import staged
 from equiv.shift.superposition import superposition
 from equiv.steering.forms.vector import Vector
@@ -117,8 +118,8 @@ class Family:
         self.blocks = blocks
         self.sites = tuple(
             site
-            for site in blocks.sites_of(0)
-            if all(site in blocks.sites_of(i) for i in range(len(blocks.modules)))
+            for site in FLOW
+            if all(site in blocks.sites_of(i) for i in blocks.layers_with(site))
         )
 
     def row(self) -> Row:
@@ -180,15 +181,23 @@ class Family:
 
     def steered(self) -> Iterator[float]:
         """How far a vector at each site is from where it should be, in the stream."""
-        base, layer = self.at(0.0), 1
-        for site in self.blocks.sites_of(layer):
-            known = (layer, site) if (layer, site) in base else (layer, "block_out")
-            width = base[known].shape[-1]
-            v = torch.randn(width, generator=torch.Generator().manual_seed(1)).double()
-            with equiv.steer(self.model, {(layer, site): Vector(v)}):
-                found = self.at(0.0)
-            yield _off(found[0, "block_out"], base[0, "block_out"])
-            yield from self._landed(base, found, site, v, layer)
+        base = self.at(0.0)
+        for layer in (
+            (1,) if self.blocks.encoder is None else (1, self.blocks.first + 1)
+        ):
+            for site in self.blocks.sites_of(layer):
+                yield from self._steered(base, layer, site)
+
+    def _steered(
+        self, base: Mapping[Key, Tensor], layer: int, site: str
+    ) -> Iterator[float]:
+        known = (layer, site) if (layer, site) in base else (layer, "block_out")
+        width = base[known].shape[-1]
+        v = torch.randn(width, generator=torch.Generator().manual_seed(1)).double()
+        with equiv.steer(self.model, {(layer, site): Vector(v)}):
+            found = self.at(0.0)
+        yield _off(found[0, "block_out"], base[0, "block_out"])
+        yield from self._landed(base, found, site, v, layer)
 
     def _landed(
         self,
@@ -202,23 +211,27 @@ class Family:
             return found[layer, name] - base[layer, name]
 
         size = base[layer, "block_out"].norm()
-        through = {"attn_out", "resid_mid", "mlp_out"}
+        through = {"attn_out", "cross_out", "resid_mid", "mlp_out"}
         if site == "block_out":
             yield float((moved("block_out") - v).norm() / size)
         elif site in through and self.blocks.architecture.plain_add:
-            # What is added to the stream, beside what the MLP makes of it.
+            # What is added to the stream, beside what later sub-layers make of it.
             mlp = moved("mlp_out")
             arrived = moved("block_out") - mlp
-            if site == "mlp_out" and self._sees_steered(site):
+            if site == "attn_out" and (layer, "cross_out") in base:
+                arrived = arrived - moved("cross_out")
+            if site == "mlp_out" and self._sees_steered(layer, site):
                 arrived = arrived + mlp
             yield float((arrived - v).norm() / size)
         else:
             yield float(not bool(moved("block_out").norm() > 0))
 
-    def _sees_steered(self, site: str) -> bool:
+    def _sees_steered(self, layer: int, site: str) -> bool:
         """Whether the plain hook, added later, is on the module that is steered."""
-        own = self.blocks.architecture.places[site]
-        return (own[0], own[1]) == _side(self.places, site)
+        own = self.blocks.known(layer).places[site]
+        encodes = layer < self.blocks.first
+        places = (self.places.encoder if encodes else None) or self.places
+        return (own[0], own[1]) == _side(places, site)
 
     def generates(self) -> bool | None:
         """Whether steering with a cache gives the tokens it gives without."""
@@ -228,8 +241,10 @@ class Family:
         drawn = torch.randn(width, generator=torch.Generator().manual_seed(2))
         v = Vector(3 * drawn)
         call = {**self.call, "max_new_tokens": 5, "do_sample": False}
-        call["attention_mask"] = torch.ones_like(call["input_ids"])
-        with equiv.steer(self.model, {(0, "block_out"): v}):
+        if "input_ids" in call:
+            call["attention_mask"] = torch.ones_like(call["input_ids"])
+        layers = dict.fromkeys((0, self.blocks.first))
+        with equiv.steer(self.model, {(layer, "block_out"): v for layer in layers}):
             cached = self.model.generate(**call, pad_token_id=0, eos_token_id=None)
             plain = self.model.generate(
                 **call, pad_token_id=0, eos_token_id=None, use_cache=False

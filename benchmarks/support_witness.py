@@ -4,7 +4,7 @@ Nothing here uses the table of `equiv.model.known_families` or the engine: what 
 measured there is compared with these.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,12 +25,14 @@ class Places:
     """Path of the blocks in the model with a head, and of each site in a block.
 
     A site is written as `path`, for what a module gives, or `path<`, for what it is
-    given. `scale` multiplies what is given at attn_out and mlp_out.
+    given. `scale` multiplies what is given at attn_out and mlp_out. Of an
+    encoder–decoder these are the decoder's, whose layers come after the `encoder`'s.
     """
 
     blocks: str
     sites: Mapping[str, str]
     scale: str = ""
+    encoder: "Places | None" = None
 
 
 _LLAMA = {
@@ -125,6 +127,29 @@ _CLIP = {
     "resid_mid": "layer_norm2<",
 }
 
+_T5 = {
+    "attn_heads": "layer.0.SelfAttention.o<",
+    "attn_out": "layer.0.SelfAttention.o",
+    "resid_mid": "layer.1.layer_norm<",
+    "mlp_in": "layer.1.DenseReluDense<",
+    "mlp_hidden": "layer.1.DenseReluDense.wo<",
+    "mlp_out": "layer.1.DenseReluDense.wo",
+}
+_T5_DECODER = {
+    **{site: path.replace("layer.1", "layer.2") for site, path in _T5.items()},
+    "cross_out": "layer.1.EncDecAttention.o",
+}
+_BART = {**_OPT, "attn_out": "self_attn.out_proj", "resid_mid": "fc1<"}
+_WHISPER = {**_BART, "resid_mid": "final_layer_norm<"}
+_CROSS = {"cross_out": "encoder_attn.out_proj"}
+
+
+def _two(stem: str, encoder: Mapping[str, str], decoder: Mapping[str, str]) -> Places:
+    """Both stacks, whose lists are called alike."""
+    first = Places(stem.format("encoder"), encoder)
+    return Places(stem.format("decoder"), decoder, encoder=first)
+
+
 _LAYERS = "model.layers"
 PLACES: dict[str, Places] = {
     **dict.fromkeys(
@@ -162,7 +187,15 @@ PLACES: dict[str, Places] = {
     **dict.fromkeys(
         ("clip_text_model", "clip_vision_model"), Places("encoder.layers", _CLIP)
     ),
-    "whisper": Places("layers", _OPT),
+    **dict.fromkeys(("t5", "mt5", "umt5"), _two("{}.block", _T5, _T5_DECODER)),
+    **dict.fromkeys(
+        ("bart", "blenderbot-small", "marian", "plbart"),
+        _two("model.{}.layers", _BART, {**_BART, **_CROSS}),
+    ),
+    **dict.fromkeys(
+        ("blenderbot", "m2m_100", "mbart", "pegasus", "whisper"),
+        _two("model.{}.layers", _WHISPER, {**_WHISPER, **_CROSS}),
+    ),
 }
 
 
@@ -192,9 +225,9 @@ def activations(
     """Sites by (layer, site), "x" and "block_out" of every block, and the output."""
     seen: dict[Key, Tensor] = {}
     with ExitStack() as stack:
-        for layer, block in enumerate(model.get_submodule(places.blocks)):
-            scale = getattr(block, places.scale) if places.scale else 1.0
-            for site, path in {**places.sites, "x": "<", "block_out": ""}.items():
+        for layer, (block, own) in enumerate(_blocks(model, places)):
+            scale = getattr(block, own.scale) if own.scale else 1.0
+            for site, path in {**own.sites, "x": "<", "block_out": ""}.items():
                 module = block.get_submodule(path.rstrip("<"))
                 note = _note(
                     seen, (layer, site), scale if site in ("attn_out", "mlp_out") else 1
@@ -220,6 +253,14 @@ def activations(
         key: value.view(*shape, -1) if value.ndim == 2 else value
         for key, value in seen.items()
     }
+
+
+def _blocks(model: Any, places: Places) -> Iterator[tuple[Any, Places]]:
+    """Every block with the places in it, the encoder's first."""
+    if places.encoder is not None:
+        yield from _blocks(model, places.encoder)
+    for block in model.get_submodule(places.blocks):
+        yield block, places
 
 
 def _note(seen: dict[Key, Tensor], key: Key, scale: float) -> Callable[[Any], None]:

@@ -256,7 +256,7 @@ TABLE = {
     ),
     "a site that is not there": Bad(
         equiv.SiteError,
-        ("attn_heads, attn_out, resid_mid, mlp_in", "resid"),
+        ("attn_heads, attn_out, cross_out, resid_mid", "resid"),
         lambda: equiv.check(llama(), random(llama()), IDS, sites=("resid",)),
     ),
     "a submodule that is not there": Bad(

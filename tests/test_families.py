@@ -16,6 +16,7 @@ import equiv
 from benchmarks.support_table import BESIDE, Family, Row, markdown
 from benchmarks.support_witness import PLACES
 from equiv.model.known_families import FAMILIES, TABLE
+from equiv.model.known_pairs import PAIRS
 from equiv.steering.forms.vector import Vector
 from equiv.testing.models import EVERY_FAMILY, example, transformer
 
@@ -56,7 +57,7 @@ def test_what_a_configuration_chooses_is_supported(
 
 
 def test_every_family_has_a_place_a_model_and_a_line() -> None:
-    assert sorted(TABLE) == sorted(EVERY_FAMILY) == sorted(PLACES)
+    assert sorted(TABLE | PAIRS) == sorted(EVERY_FAMILY) == sorted(PLACES)
     assert len(EVERY_FAMILY) >= 30
 
 
@@ -132,19 +133,6 @@ def test_what_reaches_blocks_beside_the_stream_is_refused() -> None:
         equiv.UnsupportedModelError, match=rf"{name}.*beside the stream"
     ):
         list(equiv.shifts(model, update, example(model)))
-
-
-def test_a_model_of_two_stacks_is_refused_by_name() -> None:
-    model = transformer("whisper")
-    whole = type(model)  # the encoder alone is what is supported
-    assert whole.__name__ == "WhisperEncoder"
-    from transformers import WhisperModel
-
-    both = WhisperModel(model.config)
-    with pytest.raises(equiv.UnsupportedModelError, match=r"get_encoder"):
-        equiv.shifts(
-            both, {"encoder.layer_norm.bias": torch.ones(16)}, torch.ones(1, 4)
-        )
 
 
 def test_families_that_files_may_name_add_their_modules_as_they_are() -> None:

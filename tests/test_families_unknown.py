@@ -18,7 +18,7 @@ from equiv.model.drawn_call import drawn_call
 from equiv.model.families import find_blocks
 from equiv.model.known_families import TABLE
 from equiv.steering.forms.vector import Vector
-from equiv.testing.models import EVERY_FAMILY, transformer
+from equiv.testing.models import EVERY_FAMILY, PAIRED, transformer
 
 _GROUPED: dict[str, Any] = {
     "vocab_size": 32,
@@ -110,7 +110,7 @@ def call_of(model: Any) -> Mapping[str, Any]:
     return batch.arguments
 
 
-@pytest.mark.parametrize("family", [f for f in EVERY_FAMILY if f != "whisper"])
+@pytest.mark.parametrize("family", [f for f in EVERY_FAMILY if f not in PAIRED])
 def test_what_is_found_is_what_the_table_says(family: str) -> None:
     """The table was read off the models' code, what is found off one run of a block."""
     model = transformer(family, seed=1)
@@ -202,8 +202,8 @@ def _albert() -> Any:
     return AlbertModel(AlbertConfig(**{**_ENCODER, "embedding_size": 8}))
 
 
-def _t5() -> Any:
-    from transformers import T5Config, T5EncoderModel
+def _switch() -> Any:
+    from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
     sizes: dict[str, Any] = {
         "d_model": 16,
@@ -211,8 +211,10 @@ def _t5() -> Any:
         "d_ff": 24,
         "num_layers": 2,
         "num_heads": 2,
+        "num_sparse_encoder_layers": 0,
     }
-    return T5EncoderModel(T5Config(vocab_size=32, **sizes))
+    config = SwitchTransformersConfig(vocab_size=32, **sizes)
+    return SwitchTransformersEncoderModel(config)
 
 
 def _mae() -> Any:
@@ -241,7 +243,7 @@ def _sound() -> Any:
     ("make", "says"),
     [
         (_albert, "run 2 times"),  # one block, used again and again
-        (_t5, "its output is another one"),  # later blocks get the first one's bias
+        (_switch, "its output is another one"),  # later blocks get the first one's bias
         (_mae, "its output is another one"),  # draws what it sees anew in each run
         (_xlnet, r"its blocks turn \(6, 2, 16\)"),  # tokens first
         (_sound, "what it reads is not known"),

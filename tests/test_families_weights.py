@@ -10,10 +10,11 @@ from equiv.model.families import find_blocks
 from equiv.model.sites import model_output
 from equiv.steering.forms.affine import Affine
 from equiv.steering.forms.vector import Vector
-from equiv.testing.models import EVERY_FAMILY, FAMILIES, example, transformer
+from equiv.testing.models import EVERY_FAMILY, FAMILIES, PAIRED, example, transformer
 
-# Mixtures, parallel blocks, scaled writes, and blocks without attention.
+# Mixtures, parallel blocks, scaled writes, blocks without attention or with two.
 WITHOUT_RULES = {
+    *PAIRED,
     *("cohere", "cohere2", "falcon", "gpt_neox", "gptj", "phi"),
     *("deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"),
     *("granite", "mamba", "mamba2"),

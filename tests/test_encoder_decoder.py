@@ -1,0 +1,397 @@
+"""Encoder–decoders: both stacks, cross-attention, what each reads, and a whole check.
+
+The witness is one jvp of the whole model, whose activations plain hooks read off at
+the places that `benchmarks.support_witness` has written down by itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import equiv
+from benchmarks.support_witness import Key, activations, places_of
+from equiv.model.families import find_blocks
+from equiv.model.inputs import from_inputs
+from equiv.model.precision import KeepFloat64
+from equiv.steering.forms.affine import Affine
+from equiv.steering.forms.vector import Vector
+from equiv.testing.models import PAIRED, example, transformer
+
+F64 = torch.float64
+SITES = ("attn_heads", "attn_out", "cross_out", "resid_mid", "mlp_in", "mlp_hidden")
+EVERY = (*SITES, "mlp_out", "block_out")
+
+
+def padded(model: Any) -> dict[str, Any]:
+    """Inputs of which neither stack's rows are all full."""
+    call = example(model, seed=5)
+    mask = torch.ones(2, 4, dtype=torch.long)
+    mask[1, 3:] = 0
+    call["decoder_attention_mask"] = mask
+    if "input_ids" in call:
+        call["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    return call
+
+
+def several(model: Any, count: int) -> dict[str, Any]:
+    """Inputs of `count` times as many sequences."""
+    calls = [example(model, seed=seed) for seed in range(count)]
+    return {name: torch.cat([call[name] for call in calls]) for name in calls[0]}
+
+
+def whole(
+    model: Any, deltas: Mapping[str, Tensor], call: Mapping[str, Any], t: float
+) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
+    """Activations and their derivative at W + tΔW, by one jvp of the whole model."""
+    places = places_of(model.config.model_type, model.config)
+    base = {name: p.detach() for name, p in model.named_parameters()}
+    at = {name: base[name] + t * delta for name, delta in deltas.items()}
+
+    def run(moving: dict[str, Tensor]) -> dict[Key, Tensor]:
+        return activations(model, places, {**base, **moving}, call)
+
+    with sdpa_kernel(SDPBackend.MATH), KeepFloat64(), torch.no_grad():
+        values, tangents = jvp(run, (at,), (dict(deltas),))[:2]
+    return values, tangents
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    # Some hundred roundings of float64, in sums of a dozen terms.
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", PAIRED)
+def test_shifts_of_both_stacks_are_those_of_the_whole_model(family: str) -> None:
+    """Also where tokens are padding, with the table of positions that T5 shares."""
+    model = transformer(family, seed=2)
+    update = equiv.Update.random(model, 0.05, seed=1)
+    deltas = {n: d for n, d in update.deltas.items() if isinstance(d, Tensor)}
+    assert set(deltas) == {name for name, _ in model.named_parameters()}
+    call = padded(model)
+    base, slope = whole(model, deltas, call, 0.0)
+    middle = whole(model, deltas, call, 0.5)[1]
+    tuned = whole(model, deltas, call, 1.0)[0]
+    found = equiv.shifts(model, update, call, sites=EVERY, dtype=F64)
+    seen = set()
+    for shift in found:
+        key = shift.layer, shift.site
+        seen.add(key)
+        assert_near(shift.base, base[key])
+        assert_near(shift.exact, tuned[key] - base[key])
+        assert_near(shift.first_order, slope[key])
+        assert_near(shift.midpoint, middle[key])
+        own = "attention_mask" if shift.layer < 2 else "decoder_attention_mask"
+        ones = torch.ones(shift.base.shape[:2], dtype=torch.bool)
+        assert torch.equal(shift.mask, call.get(own, ones).bool())
+    assert {site for layer, site in seen if layer >= 2} == set(EVERY)
+    assert {site for layer, site in seen if layer < 2} == set(EVERY) - {"cross_out"}
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_an_update_of_the_encoder_arrives_by_cross_attention(family: str) -> None:
+    model = transformer(family, seed=3)
+    blocks = find_blocks(model)
+    assert blocks is not None and blocks.encoder is not None
+    update = equiv.Update.random(model, 0.05, seed=1).restricted(
+        names=f"{blocks.encoder.path}.1.*"
+    )
+    deltas = {n: d for n, d in update.deltas.items() if isinstance(d, Tensor)}
+    slope = whole(model, deltas, example(model), 0.0)[1]
+    found = equiv.shifts(model, update, example(model), sites=EVERY, dtype=F64)
+    first = found[2, "attn_out"]
+    assert not first.first_order.any() and not first.exact.any()
+    cross = found[2, "cross_out"]
+    torch.testing.assert_close(cross.first_order, slope[2, "cross_out"])
+    assert cross.first_order.norm() > 1e-3 * cross.base.norm()
+    # It is below every decoder block, so nothing of it is any block's own.
+    assert not cross.local_exact.any() and not cross.local_first_order.any()
+
+
+def test_the_table_of_positions_that_t5_shares_moves_every_block() -> None:
+    model = transformer("t5", seed=3)
+    name = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    update = equiv.Update.random(model, 0.5, seed=1).restricted(names=name)
+    assert list(update.deltas) == [name]
+    found = equiv.shifts(model, update, example(model), sites=("attn_out",), dtype=F64)
+    for layer in (2, 3):
+        assert found[layer, "attn_out"].local_exact.norm() > 0
+    report = equiv.check(model, update, several(model, 3), forms=())
+    assert report.holds
+    assert report.contributions is not None
+    assert report.contributions.stages == (2, 3)
+
+
+def test_what_lies_before_either_stack_counts_as_one_stage() -> None:
+    """Each adds something to the output; what counts is the sum, squared."""
+    model = transformer("bart", seed=3)
+    norm = "model.{}.layernorm_embedding.weight"
+    names = (norm.format("encoder"), norm.format("decoder"))
+    every = equiv.Update.random(model, 0.1, seed=1)
+    update = {name: every.deltas[name] for name in names}
+    found = equiv.check(model, update, several(model, 3), forms=()).contributions
+    assert found is not None and found.stages[0] == -1
+    assert abs(found.shares[0] - 1) < 1e-12 and abs(found.alone[0] - 1) < 1e-12
+    assert not any(found.shares[1:])  # the head's run passes them, to no effect
+
+
+def test_labels_say_what_the_decoder_reads_as_the_model_itself_has_it() -> None:
+    for family in PAIRED:
+        model = transformer(family, seed=1)
+        call = example(model)
+        call.pop("decoder_input_ids")
+        labels = torch.tensor([[5, 9, 4, 2], [7, 2, -100, -100]])
+        (batch,) = from_inputs(model, {**call, "labels": labels})
+        with torch.no_grad():
+            expected = model(**call, labels=labels).logits
+            found = model(**batch.arguments).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]
+        assert batch.labels is not None and torch.equal(batch.labels, labels)
+        # As tokenizers leave padding among labels.
+        (again,) = from_inputs(model, {**call, "labels": labels.clamp(min=0)})
+        assert torch.equal(again.mask, batch.mask)
+
+
+def test_padding_of_either_stack_changes_no_shift() -> None:
+    for family in ("t5", "bart"):
+        model = transformer(family, seed=4)
+        update = equiv.Update.random(model, 0.05, seed=1)
+        call = padded(model)
+        both = equiv.shifts(model, update, call, sites=EVERY, dtype=F64)
+        together = {(shift.layer, shift.site): shift for shift in both}
+        alone = {
+            "input_ids": call["input_ids"][1:],
+            "decoder_input_ids": call["decoder_input_ids"][1:, :3],
+        }
+        for shift in equiv.shifts(model, update, alone, sites=EVERY, dtype=F64):
+            other = together[shift.layer, shift.site]
+            own = other.mask[1]
+            for name in ("base", "exact", "first_order"):
+                torch.testing.assert_close(
+                    getattr(other, name)[1][own], getattr(shift, name)[0]
+                )
+
+
+def test_rows_of_a_table_have_two_lengths_each() -> None:
+    model = transformer("t5", seed=4)
+    rows = [
+        {"input_ids": [3, 4, 5, 2], "labels": [6, 2]},
+        {"input_ids": [3, 4, 2], "labels": [6, 7, 8, 2]},
+    ]
+    (batch,) = from_inputs(model, rows)
+    order = list(batch.index)
+    assert batch.source is not None and batch.labels is not None
+    assert batch.source.sum(1)[order].tolist() == [4, 3]
+    assert batch.mask.sum(1)[order].tolist() == [2, 4]
+    assert batch.labels[order].tolist() == [[6, 2, -100, -100], [6, 7, 8, 2]]
+    read = [{**row, "decoder_input_ids": [0, *row["labels"]]} for row in rows]
+    for row in read:
+        row.pop("labels")
+    (batch,) = from_inputs(model, read)
+    assert batch.mask.sum(1)[list(batch.index)].tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_what_says_nothing_to_the_decoder_is_refused(family: str) -> None:
+    model = transformer(family)
+    update = equiv.Update.random(model, 0.01, seed=0)
+    call = example(model)
+    read = {n: v for n, v in call.items() if n != "decoder_input_ids"}
+    with pytest.raises(equiv.InputsError, match=r"Expected `labels` or `decoder_inp"):
+        equiv.check(model, update, read)
+    with pytest.raises(equiv.InputsError, match="as many sequences for the decoder"):
+        equiv.check(model, update, {**call, "decoder_input_ids": torch.ones(3, 4)})
+    mask = torch.ones(2, 7)
+    with pytest.raises(equiv.InputsError, match="decoder_attention_mask"):
+        equiv.check(model, update, {**call, "decoder_attention_mask": mask})
+    with pytest.raises(equiv.InputsError, match=r"token ids in 0…31"):
+        ids = call["decoder_input_ids"] + 40
+        equiv.check(model, update, {**call, "decoder_input_ids": ids})
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_a_steer_reads_the_middle_of_a_decoder_block_behind_cross_attention(
+    family: str,
+) -> None:
+    """In Whisper no module is given that sum and returns it: it is formed."""
+    model, seen = transformer(family, seed=5), []
+    call = example(model)
+    places = places_of(family, model.config)
+    base = dict(model.named_parameters())
+    with torch.no_grad():
+        before = activations(model, places, base, call)
+        v = torch.randn(16, generator=torch.Generator().manual_seed(0)).double()
+
+        def shift(h: Tensor) -> Tensor:
+            seen.append(h)
+            return v.expand_as(h)
+
+        with equiv.steer(model, {(3, "resid_mid"): shift}):  # type: ignore[dict-item]
+            after = activations(model, places, base, call)
+    expected = before[3, "x"] + before[3, "attn_out"] + before[3, "cross_out"]
+    if family == "bart":  # its norms end the sums
+        block = model.model.decoder.layers[3 - 2]
+        middle = block.self_attn_layer_norm(before[3, "x"] + before[3, "attn_out"])
+        expected = block.encoder_attn_layer_norm(middle + before[3, "cross_out"])
+    torch.testing.assert_close(seen[0], expected.detach(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(after[3, "attn_out"], before[3, "attn_out"])
+    assert not torch.equal(after[3, "mlp_out"], before[3, "mlp_out"])
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_the_engine_steers_both_stacks_as_the_live_model_does(family: str) -> None:
+    model = transformer(family, seed=6)
+    update = equiv.Update.random(model, 0.05, seed=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=F64) / 4
+
+    sites = [(0, "attn_out"), (1, "block_out"), (2, "cross_out"), (3, "resid_mid")]
+    sites += [(3, "cross_out->block_out")]
+    steering = {key: Affine(drawn(2, 16), drawn(16, 2), drawn(16)) for key in sites}
+    call = padded(model)
+    found = equiv.evaluate(model, update, call, steering, dtype=F64)
+    tuned = {n: p + update.deltas[n] for n, p in model.named_parameters()}
+    with torch.no_grad(), KeepFloat64():
+        with equiv.steer(model, steering):
+            live = model(**call).logits
+        expected = torch.func.functional_call(model, tuned, (), call).logits
+    p, q = torch.log_softmax(expected, -1), torch.log_softmax(live, -1)
+    kl = (p.exp() * (p - q)).sum(-1)[call["decoder_attention_mask"].bool()]
+    assert found.tokens == 7
+    assert abs(found.steered - float(kl.mean())) < 1e-10
+    assert found.steered != found.unsteered
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_positions_are_counted_in_the_stack_they_belong_to(family: str) -> None:
+    model = transformer(family, seed=7)
+    call, blocks = padded(model), places_of(family, model.config)
+    base = dict(model.named_parameters())
+    v = Vector(torch.ones(16, dtype=F64))
+
+    def moved(layer: int, positions: Any) -> list[list[bool]]:
+        with torch.no_grad():
+            before = activations(model, blocks, base, call)
+            with equiv.steer(model, {(layer, "block_out"): v}, positions=positions):
+                after = activations(model, blocks, base, call)
+        key = layer, "block_out"
+        return (after[key] != before[key]).any(-1).tolist()
+
+    last = [[False, False, False, True], [False, False, True, False]]
+    assert moved(3, "last") == last
+    assert moved(3, torch.tensor(last)) == last
+    if family == "t5":
+        assert moved(1, "last") == [
+            [False, False, False, True, False, False],
+            [False] * 5 + [True],
+        ]
+    else:  # sounds have no padding
+        assert moved(1, "last") == [[False] * 5 + [True]] * 2
+    with (
+        pytest.raises(equiv.ArgumentError, match="steering of one stack"),
+        equiv.steer(
+            model,
+            {(0, "block_out"): v, (2, "block_out"): v},
+            positions=torch.tensor(last),
+        ),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("positions", ["generated", "prompt", "last", "all"])
+def test_generated_tokens_are_those_after_what_the_decoder_is_given(
+    positions: str,
+) -> None:
+    """Against a steer that counts columns by itself, in forwards without a cache."""
+    model = transformer("t5", seed=8)
+    ids = example(model)["input_ids"]
+    v = 2 * torch.randn(16, generator=torch.Generator().manual_seed(3)).double()
+    call = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    call |= {"attention_mask": torch.ones_like(ids), "eos_token_id": None}
+    with equiv.steer(model, {(3, "block_out"): Vector(v)}, positions=positions):
+        cached = model.generate(ids, **call)
+        plain = model.generate(ids, **call, use_cache=False)
+    assert torch.equal(cached, plain)
+
+    def chosen(h: Tensor) -> Tensor:
+        column = torch.arange(h.shape[1])
+        picked = {
+            "generated": column > 0,
+            "prompt": column == 0,
+            "last": column == 0,
+            "all": column >= 0,
+        }[positions]
+        return torch.where(picked[:, None], v, 0.0).expand_as(h)
+
+    with equiv.steer(model, {(3, "block_out"): chosen}):  # type: ignore[dict-item]
+        expected = model.generate(ids, **call, use_cache=False)
+    assert torch.equal(cached, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("t5", "T5EncoderModel"),
+        ("bart", "BartForCausalLM"),
+        ("whisper", "WhisperForCausalLM"),
+        ("mbart", "MBartForCausalLM"),
+    ],
+)
+def test_a_stack_by_itself_works_too(family: str, name: str) -> None:
+    import transformers
+
+    config = transformer(family).config
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, name)(config).double().eval()
+    ids = torch.tensor([[3, 9, 4, 11, 5, 7], [8, 2, 6, 13, 21, 30]])
+    blocks = find_blocks(model)
+    assert blocks is not None and blocks.encoder is None
+    assert "cross_out" not in blocks.sites_of(1)
+    update = equiv.Update.random(model, 0.001, seed=0)
+    report = equiv.check(model, update, ids, forms=(), dtype=F64)
+    assert report.holds
+    assert report.superposition is not None
+    assert str(report.superposition.verdict) == "holds"
+    encoder = transformer(family).get_encoder()
+    found = find_blocks(encoder)
+    assert found is not None and found.encoder is None and len(found.modules) == 2
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_whole_check_measures_both_stacks(family: str) -> None:
+    model = transformer(family, seed=9)
+    update = equiv.Update.random(model, 0.01, seed=0)
+    call = {**several(model, 4), "attention_mask": torch.ones(8, 6)}
+    call["attention_mask"][:, 5] = 0
+    report = equiv.check(model, update, call, dtype=F64)
+    assert report.holds
+    assert report.superposition is not None
+    assert str(report.superposition.verdict) == "holds"
+    tokens = {(row.layer, row.site): row.tokens for row in report.rows}
+    assert tokens[0, "block_out"] == 40 and tokens[2, "cross_out"] == 32
+    assert "(0 to 1 the encoder's, 2 to 3 the decoder's)" in str(report).replace(
+        "\n", " "
+    )
+    assert (0, "cross_out") not in tokens
+    fitted = {(fit.layer, fit.site) for fit in report.fits}
+    assert (3, "cross_out") in fitted and (0, "cross_out") not in fitted
+    rungs = {(row.site, row.rung) for row in report.behaviour}
+    assert {("cross_out", "exact oracle"), ("block_out", "vector")} <= rungs
+    assert report.spectra and {s.layer for s in report.spectra} == {0, 1, 2, 3}
+
+
+def test_setting_the_last_stream_to_the_tuned_one_leaves_nothing() -> None:
+    model = transformer("t5", seed=10)
+    update = equiv.Update.random(model, 0.05, seed=0).restricted(names="*.block.*")
+    report = equiv.check(
+        model, update, several(model, 4), sites=("block_out",), dtype=F64
+    )
+    (exact,) = [row for row in report.behaviour if row.rung == "exact oracle"]
+    assert exact.recovered is not None and exact.recovered > 1 - 1e-9
