@@ -7,7 +7,7 @@ than queries, groups of query heads that share one. `post_norm` puts a norm betw
 MLP and the stream, as Gemma-2 does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,18 @@ class Block:
             self.mlp.plus(other.mlp, scale),
             self.post_norm,
         )
+
+    def moved(self, changes: Mapping[str, Tensor]) -> "Block":
+        """With something added to some tensors, by name."""
+        return Block(
+            self.attention.moved(changes), self.mlp.moved(changes), self.post_norm
+        )
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """Weights without biases, by name."""
+        both = {**vars(self.attention), **vars(self.mlp)}
+        return {name: w for name, w in both.items() if not name.endswith("bias")}
 
 
 def draw_heads(

@@ -11,7 +11,7 @@ Drawn weights have entries of size 1/√(inputs), so that activations are near 1
 nonlinearity is really used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar, cast
 
@@ -46,6 +46,16 @@ class Tensors:
     def plus(self, other: Self, scale: float = 1.0) -> Self:
         """W + scale · other."""
         return type(self)(*(a + scale * b for a, b in zip(self, other, strict=True)))
+
+    def moved(self, changes: Mapping[str, Tensor]) -> Self:
+        """With something added to those of these tensors that are named."""
+        every = [field.name for field in fields(cast(Any, self))]
+        return type(self)(
+            *(
+                tensor + changes[name] if name in changes else tensor
+                for name, tensor in zip(every, self, strict=True)
+            )
+        )
 
     def only(self, *names: str) -> Self:
         """These tensors, the others zero."""

@@ -45,41 +45,41 @@ def exactness(seed: int) -> ClaimResult:
     heads, turn = (draw_heads(draw, WIDTH, 4, 2, biases=True) for _ in range(2))
     u = draw.normal(TOKENS, WIDTH)
 
-    def of_mlp(*names: str) -> tuple[float, Tensor]:
-        return remainder(lambda w: glu(w, u), mlp, change.only(*names))
+    def of_mlp(*names: str, cross: Tensor | None = None) -> float:
+        return left(lambda w: glu(w, u), mlp, change.only(*names), cross)
 
-    def of_heads(*names: str) -> tuple[float, Tensor]:
-        return remainder(lambda w: attention(w, u), heads, turn.only(*names))
+    def of_heads(*names: str, cross: Tensor | None = None) -> float:
+        return left(lambda w: attention(w, u), heads, turn.only(*names), cross)
 
-    equal = {
-        "W_d alone": of_mlp("down", "down_bias")[0],
-        "W_u alone": of_mlp("up", "up_bias")[0],
-        "W_o alone": of_heads("output", "output_bias")[0],
-        "W_v alone": of_heads("value", "value_bias")[0],
-        "W_u with W_d, less the cross term": _less(
-            of_mlp("up", "down")[1], up_down(mlp, change, u)
-        ),
-        "W_v with W_o, less the cross term": _less(
-            of_heads("value", "output")[1], value_output(heads, turn, u)
-        ),
-    }
-    differ = {
-        "W_g alone": of_mlp("gate")[0],
-        "W_q alone": of_heads("query")[0],
-        "W_k alone": of_heads("key")[0],
-    }
+    both, pair = up_down(mlp, change, u), value_output(heads, turn, u)
     return identity(
-        equal,
+        {
+            "W_d alone": of_mlp("down", "down_bias"),
+            "W_u alone": of_mlp("up", "up_bias"),
+            "W_o alone": of_heads("output", "output_bias"),
+            "W_v alone": of_heads("value", "value_bias"),
+            "W_u with W_d, less the cross term": of_mlp("up", "down", cross=both),
+            "W_v with W_o, less the cross term": of_heads(
+                "value", "output", cross=pair
+            ),
+        },
         "W_d, W_u, W_o, W_v leave nothing, pairs exactly one cross term",
-        differ=differ,
+        differ={
+            "W_g alone": of_mlp("gate"),
+            "W_q alone": of_heads("query"),
+            "W_k alone": of_heads("key"),
+            "W_u with W_d": of_mlp("up", "down"),
+            "W_v with W_o": of_heads("value", "output"),
+        },
     )
 
 
-def remainder(run: Callable[[T], Tensor], at: T, update: T) -> tuple[float, Tensor]:
-    """What first order misses: as a share of the exact shift, and itself."""
+def left(run: Callable[[T], Tensor], at: T, update: T, cross: Tensor | None) -> float:
+    """What first order, and a cross term, miss: as a share of the exact shift."""
     exact = run(at.plus(update)) - run(at)
-    left = exact - derivative(run, at, update)
-    return float(left.norm() / exact.norm()), left
+    rest = exact - derivative(run, at, update)
+    rest = rest if cross is None else rest - cross
+    return float(rest.norm() / exact.norm())
 
 
 def up_down(w: Weights, update: Weights, u: Tensor) -> Tensor:
@@ -91,7 +91,3 @@ def up_down(w: Weights, update: Weights, u: Tensor) -> Tensor:
 def value_output(w: Heads, update: Heads, x: Tensor) -> Tensor:
     """ΔW_o applied to what the pattern mixes of ΔW_v x."""
     return linear(mixed(update.only("value"), pattern(w, x), x), update.output)
-
-
-def _less(left: Tensor, cross: Tensor) -> float:
-    return float((left - cross).norm() / cross.norm())

@@ -10,6 +10,7 @@ from equiv.theory.toys import Draw, glu, rms_norm
 from equiv.theory.values import ClaimResult
 
 WIDTH, RANK, TOKENS = 8, 3, 20
+SCALE, EPS = 3.0, 1e-3
 
 
 @claim(
@@ -32,38 +33,36 @@ WIDTH, RANK, TOKENS = 8, 3, 20
     """,
 )
 def separation(seed: int) -> ClaimResult:
-    """An MLP with W_d = 0, and one token at two scales."""
+    """An MLP with W_d = 0, and tokens at two scales."""
     draw = Draw(seed)
     w, x = draw.glu(WIDTH, 2 * WIDTH, biases=True), draw.normal(TOKENS, WIDTH)
-    off = w.only("gate", "up", "gate_bias", "up_bias", "down_bias")
-    constant = glu(off, rms_norm(x))
-    bare = w.only("gate", "up")
-    gradients, moved = adapter_gradients(draw, glu(bare, rms_norm(x)))
-    alive, _ = adapter_gradients(draw, x + glu(bare, rms_norm(x)))
+    constant = glu(w.only("gate", "up", "gate_bias", "up_bias", "down_bias"), x)
+    nothing = glu(w.only("gate", "up"), x)
+    stopped, added = adapter_gradients(draw, nothing)
+    alive, _ = adapter_gradients(draw, x + nothing)
     target = x @ draw.matrix(WIDTH, WIDTH).T
-    fit = torch.linalg.lstsq(x, target).solution
-    c = 3.0
-    eps = 1e-3
-    rho2 = x.square().mean(1, keepdim=True)
-    floor = rms_norm(x, eps) * eps / (2 * rho2) * (1 - 1 / c**2)
-    near = rms_norm(c * x, eps) - rms_norm(x, eps)
+    fitted = x @ torch.linalg.lstsq(x, target).solution
+    y, scaled = glu(w, rms_norm(x)), glu(w, rms_norm(SCALE * x))
     return identity(
         {
             "W_d = 0: y over tokens": relative(constant, constant[:1].expand_as(x)),
-            "W_d = 0, no bias: adapter output": float(moved.norm()),
-            "W_d = 0, no bias: adapter gradients": gradients,
-            "block_out: misfit of a linear target": relative(x @ fit, target),
-            "y(c x′) against y(x′)": relative(
-                glu(w, rms_norm(c * x)), glu(w, rms_norm(x))
-            ),
+            "W_d = 0, no bias: adapter output": float(added.norm()),
+            "W_d = 0, no bias: adapter gradients": stopped,
+            "block_out: misfit of a linear target": relative(fitted, target),
+            "y(c x′) against y(x′)": relative(scaled, y),
         },
         "mlp_out is blind where block_out sees",
         differ={"block_out: adapter gradients": alive},
-        evidence={
-            "floor by ε, found over formula": float(near.norm() / floor.norm()),
-            "x′ at two scales": relative(c * x, x),
-        },
+        evidence={"floor by ε, found over formula": floor(x)},
     )
+
+
+def floor(x: Tensor) -> float:
+    """How far the norm of c x and x differ for the sake of ε, over the formula."""
+    found = rms_norm(SCALE * x, EPS) - rms_norm(x, EPS)
+    rho2 = x.square().mean(1, keepdim=True)
+    formula = rms_norm(x, EPS) * EPS / (2 * rho2) * (1 - 1 / SCALE**2)
+    return float(found.norm() / formula.norm())
 
 
 def adapter_gradients(draw: Draw, read: Tensor) -> tuple[float, Tensor]:

@@ -1,5 +1,7 @@
 """Claim 25: the ranks of the shifts that LoRA causes."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -43,50 +45,38 @@ ADAPTED = {
 )
 def lora_ranks(seed: int) -> ClaimResult:
     """One block of four heads with one, two or four heads of values."""
-    beyond, short, ranks = {}, {}, {}
-    for groups in (1, 2, HEADS):
-        for rank in (1, 3):
-            draw = Draw(seed)
-            heads = draw_heads(draw, WIDTH, HEADS, groups)
-            block = Block(heads, draw.glu(WIDTH, 2 * WIDTH))
-            h = draw.normal(TOKENS, WIDTH)
-            found = {
-                name: shift_rank(block, h, lora(draw, block, field, rank), site)
-                for name, (field, site) in ADAPTED.items()
-            }
-            case = f"{groups} value heads, r = {rank}"
-            bound = {"o": rank, "down": rank, "v": value_bound(rank)}
-            beyond[case] = float(max(0, *(found[k] - bound[k] for k in bound)))
-            free = min(found[name] for name in ("q", "k", "gate", "up"))
-            short[f"{case}: q, k, gate, up"] = float(WIDTH - free)
-            ranks[f"ranks, {case}"] = found
-    normed = Block(block.attention, block.mlp, post_norm=True)
-    turned = shift_rank(normed, h, lora(draw, normed, "down", 1), "mlp_out")
-    return identity(
-        {f"beyond the bound, {k}": v for k, v in beyond.items()}
-        | {f"short of full, {k}": v for k, v in short.items()}
-        | {"short of full, down behind a norm": float(WIDTH - turned)},
-        "No rank above its bound, the others full",
-        evidence=ranks,
-    )
+    equal, evidence = {}, {}
+    for groups, rank in product((1, 2, HEADS), (1, 3)):
+        found = ranks(Draw(seed), groups, rank, post_norm=False)
+        bounds = {"o": rank, "down": rank, "v": value_bound(rank)}
+        beyond = max(0, *(found[name] - bound for name, bound in bounds.items()))
+        short = WIDTH - min(found[name] for name in ("q", "k", "gate", "up"))
+        case = f"{groups} value heads, r = {rank}"
+        equal[f"{case}: beyond the bound"] = float(beyond)
+        equal[f"{case}: short of full"] = float(short)
+        evidence[f"{case}: rank"] = found
+    normed = ranks(Draw(seed), 1, 1, post_norm=True)
+    equal["down behind a norm: short of full"] = float(WIDTH - normed["down"])
+    says = "No rank above its bound, the others full"
+    return identity(equal, says, evidence=evidence)
+
+
+def ranks(draw: Draw, groups: int, rank: int, *, post_norm: bool) -> dict[str, int]:
+    """Of the shifts by LoRA on each matrix of a block."""
+    heads = draw_heads(draw, WIDTH, HEADS, groups)
+    block = Block(heads, draw.glu(WIDTH, 2 * WIDTH), post_norm)
+    h = draw.normal(TOKENS, WIDTH)
+    found = {}
+    for name, (field, site) in ADAPTED.items():
+        rows, columns = block.matrices[field].shape
+        change = draw.matrix(rows, rank) @ draw.matrix(rank, columns)
+        found[name] = shift_rank(block, h, block.moved({field: change}), site)
+    return found
 
 
 def value_bound(rank: int) -> int:
     """Of the shift of W_v."""
     return min(WIDTH, HEADS * min(rank, HEAD))
-
-
-def lora(draw: Draw, block: Block, field: str, rank: int) -> Block:
-    """The block with B A added to one matrix."""
-    part = block.mlp if hasattr(block.mlp, field) else block.attention
-    rows, columns = getattr(part, field).shape
-    change = draw.matrix(rows, rank) @ draw.matrix(rank, columns)
-    moved = type(part)(
-        **{**vars(part), field: getattr(part, field) + change}  # pyright: ignore
-    )
-    if part is block.mlp:
-        return Block(block.attention, moved, block.post_norm)  # pyright: ignore
-    return Block(moved, block.mlp, block.post_norm)  # pyright: ignore
 
 
 def shift_rank(base: Block, h: Tensor, tuned: Block, site: str) -> int:

@@ -29,7 +29,7 @@ SLOPE = 1.0998  # sup|silu'|, rounded up
     source="blog: error control; exact form and proofs by this project",
     falsified_by="any violation",
     kind="exact",
-    as_written="tuned defects with the tuned blocks' Lipschitz constants bound the error",
+    as_written="tuned defects with tuned Lipschitz constants bound the error",
     derivation="""
         m = φ(a_g) ⊙ a_u is a product, so its difference is one factor's difference
         times the other factor; |φ(x)| ≤ |x|, |φ′| ≤ c₁ and ‖u‖ ≤ √n give the first

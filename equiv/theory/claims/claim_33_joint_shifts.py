@@ -10,8 +10,8 @@ from torch.nn.functional import silu
 
 from equiv.theory.judging import VISIBLE, identity
 from equiv.theory.registry import claim
-from equiv.theory.toy_blocks import Block, Heads, draw_block, traced
-from equiv.theory.toys import Draw, Weights
+from equiv.theory.toy_blocks import Block, draw_block, traced
+from equiv.theory.toys import Draw
 from equiv.theory.values import AsWritten, ClaimResult, Verdict
 
 WIDTH, RANK, TOKENS = 8, 2, 10
@@ -41,7 +41,7 @@ def joint_shifts(seed: int) -> ClaimResult:
     h = draw.normal(TOKENS, WIDTH)
     update = {
         name: draw.matrix(len(w), RANK) @ draw.matrix(RANK, w.shape[1])
-        for name, w in _matrices(blocks[0]).items()
+        for name, w in blocks[0].matrices.items()
     }
     up, down = draw.matrix(WIDTH, RANK), draw.matrix(RANK, WIDTH)
     kept = constrained(up, update["down"])
@@ -97,29 +97,13 @@ def shift(
             up, down = adapter
             return activation + scale * silu(activation @ down.T) @ up.T
 
-        moved = [_moved(blocks[0], update, scale), *blocks[1:]]
-        return traced(moved, h, steer)[layer, "block_out"]
+        changes = {name: scale * change for name, change in update.items()}
+        return traced([blocks[0].moved(changes), *blocks[1:]], h, steer)[
+            layer, "block_out"
+        ]
 
     zero = torch.zeros((), dtype=h.dtype)
     return jvp(end, (zero,), (torch.ones_like(zero),))[1]
-
-
-def _matrices(block: Block) -> dict[str, Tensor]:
-    """Weights without biases, by name."""
-    both = {**vars(block.attention), **vars(block.mlp)}
-    return {name: w for name, w in both.items() if not name.endswith("bias")}
-
-
-def _moved(block: Block, update: Mapping[str, Tensor], scale: Tensor) -> Block:
-    """The block with scale · update."""
-    change = {
-        name: scale * update.get(name, torch.zeros_like(w))
-        for part in (block.attention, block.mlp)
-        for name, w in vars(part).items()
-    }
-    heads = Heads(**{name: change[name] for name in vars(block.attention)})
-    mlp = Weights(**{name: change[name] for name in vars(block.mlp)})
-    return block.plus(Block(heads, mlp))
 
 
 def _as_written(cosine: float) -> AsWritten:

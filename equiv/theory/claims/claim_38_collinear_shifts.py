@@ -56,7 +56,7 @@ def shifts(
     """Of a rank-one update of one matrix, the tokens of all contexts, [tokens, d]."""
     matrix = getattr(w, name)
     change = torch.outer(column[: len(matrix)], row[: matrix.shape[1]])
-    moved = w.plus(Heads(**{**vars(w.only()), name: change}))
+    moved = w.moved({name: change})
     return torch.cat([attention(moved, x) - attention(w, x) for x in contexts])
 
 
