@@ -56,7 +56,7 @@ def test_a_claim_of_ones_own_sets_the_status(
     mine.write_text(MINE.format(holds=holds))
     assert main(["claims", str(mine), *MODEL]) == (0 if holds else 1)
     shown = capsys.readouterr().out
-    assert "small" in shown and "it was measured" in shown and "1 claim:" in shown
+    assert "small" in shown and "It was measured" in shown and "1 claim:" in shown
 
 
 def test_on_the_shipped_model_and_beside_a_number(
@@ -93,3 +93,9 @@ def test_mistakes_are_told(
 ) -> None:
     assert main(["claims", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "examples/claims/my_claims.py"
+    assert main(["claims", str(path), *MODEL, "--norm", "fisher"]) == 0
+    assert "2 claims: 2 hold" in capsys.readouterr().out

@@ -48,7 +48,7 @@ class Judged:
         """The finding, per update where they differ."""
         said = {name: result.says for name, result in self.results.items()}
         if len(set(said.values())) == 1:
-            return next(iter(said.values()))
+            return sentence(next(iter(said.values())))
         return "; ".join(f"{name}: {text}" for name, text in said.items())
 
     @property

@@ -8,6 +8,7 @@ from equiv.report.page import page, style
 from equiv.report.prose import joined
 from equiv.theory.findings import Findings
 from equiv.theory.text import flat, shown
+from equiv.theory.values import sentence
 from equiv.writing import write_text
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def to_html(findings: Findings) -> str:
         {
             "joined": joined,
             "set": _set,
+            "sentence": sentence,
             "shown": shown,
             "flat": flat,
             "dashed": _dashed,
