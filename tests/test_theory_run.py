@@ -218,7 +218,7 @@ def test_json_and_page_hold_everything(tmp_path: Path) -> None:
     assert entry["as_written"]["counterexample"] == {"a": 1, "b": 2}
     assert entry["as_written"]["statement"] == "A = c"
     text = page.read_text()
-    for part in ("it does &lt;b&gt;", "by layer: 0", "A = c", "<p>Two.</p>", "width"):
+    for part in ("It does &lt;b&gt;", "by layer: 0", "A = c", "<p>Two.</p>", "width"):
         assert part in text
     for said in ("<script", "http"):
         assert said not in text
