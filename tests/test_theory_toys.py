@@ -127,6 +127,16 @@ def test_fisher_is_the_change_of_logits(family: str) -> None:
     assert s.share(0, "block_out", 2 * change, change) == pytest.approx(2)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_fisher_needs_logits_of_the_tokens(family: str) -> None:
+    model = transformer(family)
+    update = equiv.Update.random(model, 1e-3, seed=0)
+    s = setting("", model, update, None, None, as_norm("fisher"), 0)
+    shift = s.shifts[0, "block_out"]
+    with pytest.raises(equiv.UnsupportedModelError, match="euclidean"):
+        s.squared(0, "block_out", shift.exact)
+
+
 def hooked_logits(model: Any, ids: Tensor, change: Tensor) -> Tensor:
     """Logits with something added to the first block's output by a plain hook."""
     inner = model.model if hasattr(model, "model") else model.transformer

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from equiv.errors import UnsupportedModelError
 from equiv.model.batches import Batch
 from equiv.model.guard import measured
+from equiv.model.sites import LOGITS
 from equiv.model.stages import Stage, StagedModel, staged
 
 
@@ -36,12 +38,28 @@ def carried(
         (J c, output), each [batch, seq, vocabulary].
 
     Raises:
-        EquivError: If the model has no such site or no forward-mode derivative.
+        UnsupportedModelError: If the model returns no logits for these tokens.
+        EquivError: If it has no such site or no forward-mode derivative.
     """
     with measured(model), staged(model, batches, torch.float64, sites=(site,)) as cut:
+        _check(cut)
         inside = [(stage, cut.tensors(stage)) for stage in cut.stages]
         for batch, change in enumerate(changes):
             yield _carried(cut, inside, batch, layer, site, change.double())
+
+
+def _check(cut: StagedModel) -> None:
+    name = type(cut.model).__name__
+    if cut.output_site != LOGITS:
+        raise UnsupportedModelError(
+            f"{name} returns no logits, so changes cannot be measured by what they do "
+            'to them: use norm="euclidean".'
+        )
+    if any(batch.source is not None for batch in cut.batches):
+        raise UnsupportedModelError(
+            f"{name} has an encoder, whose tokens have no logits of their own: use "
+            'norm="euclidean".'
+        )
 
 
 def _carried(
