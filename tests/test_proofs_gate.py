@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+REPLICATION = "equiv/theory/claims/claim_18_block_out_replication.py"
 ORACLE = "proofs/theories/oracle.v"
 THEOREMS = "proofs/theorems.toml"
 CLAIMS = "proofs/claims.toml"
@@ -44,9 +45,11 @@ def errors(root: Path) -> list[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the proofs and of the tests that name them."""
+    """A copy of the proofs, of the tests that name them and of claims' code."""
     keep = shutil.ignore_patterns("__pycache__", "*.vo*", "*.glob", ".*.aux")
     shutil.copytree(ROOT / "proofs", tmp_path / "proofs", ignore=keep)
+    claims = gate("running").FOLDER
+    shutil.copytree(ROOT / claims, tmp_path / claims, ignore=keep)
     (tmp_path / "tests").mkdir()
     for pattern in gate("listing").PATTERNS:
         for path in (ROOT / "tests").glob(pattern):
@@ -141,6 +144,25 @@ BREAKAGES = {
         'status = "tested"',
         'status = "likely"',
         "status likely",
+    ),
+    "claim whose code has another number": (
+        REPLICATION,
+        "@claim(\n    18,",
+        "@claim(\n    17,",
+        "expected the name claim_17_",
+    ),
+    "claim without a title": (REPLICATION, "    title=", "    name=", "no title in"),
+    "claim whose code forgets the source's statement": (
+        REPLICATION,
+        '    as_written="P',
+        '    written="P',
+        "claim 18, as written: equiv/theory/claims/claim_18_block_out_replication.py",
+    ),
+    "claim whose code has no test": (
+        "tests/test_theory_exact.py",
+        "@pytest.mark.claim(38, 43, 45)",
+        "@pytest.mark.claim(43, 45)",
+        "claim 38",
     ),
     "claims out of order": (CLAIMS, "number = 2\n", "number = 4\n", "in order"),
     "index of something else": (

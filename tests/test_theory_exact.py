@@ -123,6 +123,8 @@ BROKEN: list[tuple[int, str, Callable[[Any], Any]]] = [
 ]
 
 
+@pytest.mark.claim(1, 2, 3, 4, 5, 6, 7, 8, 9, 18, 19, 20, 22, 25, 28, 30, 33, 34)
+@pytest.mark.claim(38, 43, 45)
 @pytest.mark.parametrize(
     ("number", "name", "broken"),
     BROKEN,

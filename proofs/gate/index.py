@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gate.listing import Claim, Listing, Theorem, read, witnesses
+from gate.running import Code
 
 BEGIN, END = "<!-- index: made by check.py --index -->", "<!-- end of index -->"
 PROVED = {"none": "proved", "reals": "proved, reals"}
@@ -23,6 +24,29 @@ def _test_links(tests: list[str]) -> str:
     return ", ".join(links) or "–"
 
 
+def _code_link(listing: Listing, claim: Claim) -> str:
+    """The file that runs a claim, and its source's statement; parts have none."""
+    if claim.part not in ("whole", "as written"):
+        return "–"
+    links = [_link(code) for code in listing.codes if code.number == claim.number]
+    return "".join(links) or "–"
+
+
+def _link(code: Code) -> str:
+    return f"[{Path(code.file).stem.removeprefix('claim_')}](../{code.file})"
+
+
+def _measured(listing: Listing) -> Iterator[str]:
+    """Claims with code and no entry in the list: they are about models."""
+    listed = {claim.number for claim in listing.claims}
+    rest = [code for code in listing.codes if code.number not in listed]
+    if rest:
+        yield from ("", "Measured on models, without a witness here:", "")
+        yield _row("claim", "statement", "code")
+        yield "|---|---|---|"
+        yield from (_row(str(c.number), c.title, _link(c)) for c in rest)
+
+
 def _claim_row(listing: Listing, claim: Claim) -> str:
     symbolic, tests = witnesses(listing, claim)
     files = {entry.id: entry.file for entry in listing.theorems}
@@ -32,6 +56,7 @@ def _claim_row(listing: Listing, claim: Claim) -> str:
         claim.says,
         claim.assumptions,
         claim.status,
+        _code_link(listing, claim),
         coq,
         _test_links(symbolic),
         _test_links(tests),
@@ -53,10 +78,12 @@ def tables(listing: Listing) -> Iterator[str]:
     """The lines of both indexes."""
     yield from ("## Claims of the theory", "")
     yield _row(
-        "claim", "statement", "assumptions", "status", "Coq", "SymPy", "property tests"
+        *("claim", "statement", "assumptions", "status"),
+        *("code", "Coq", "SymPy", "tests"),
     )
-    yield "|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|"
     yield from (_claim_row(listing, claim) for claim in listing.claims)
+    yield from _measured(listing)
     yield from ("", "## Theorems")
     for topic, entries in listing.topics.items():
         yield from ("", f"### {topic}", "")

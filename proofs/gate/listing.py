@@ -3,7 +3,7 @@
 A test names what it checks by a mark: `@pytest.mark.theorem("oracle.exact")` says that
 it evaluates that theorem's formula on tensors, `@pytest.mark.claim(7)` or
 `@pytest.mark.claim("18, norm of Q")` that it bears on that claim of the theory, or on
-that part of it, directly.
+that part of it, directly. The code that runs a claim on models is in `running.py`.
 """
 
 import ast
@@ -14,12 +14,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gate.running import Code, code_errors, codes
 from gate.sources import THEOREM, code, source_errors, sources
 
 # In the order of strength; "refuted" is said of a claim as its source states it.
 STATUSES = ("proved", "checked symbolically", "tested", "refuted")
 AXIOMS = ("none", "reals")
-PATTERNS = ("test_proofs*.py", "test_symbolic*.py")
+PATTERNS = ("test_proofs*.py", "test_symbolic*.py", "test_theory*.py")
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Listing:
-    """Both lists, and for every id the tests that carry it, as `file::function`."""
+    """Both lists, the tests that carry an id, as `file::function`, and claims' code."""
 
     root: Path
     topics: dict[str, list[Theorem]]
     claims: list[Claim]
     tests: dict[str | int, list[str]]
+    codes: list[Code]
 
     @property
     def theorems(self) -> list[Theorem]:
@@ -117,6 +119,7 @@ def read(root: Path) -> Listing:
         {t["name"]: [_entry(Theorem, raw) for raw in t["theorem"]] for t in topics},
         [_entry(Claim, raw) for raw in claims],
         tests,
+        codes(root.parent),
     )
 
 
@@ -164,8 +167,23 @@ def claim_errors(listing: Listing) -> Iterator[str]:
         needed = {"proved": claim.theorems, "checked symbolically": symbolic}
         if not needed.get(claim.status, claim.theorems + symbolic + tests):
             yield f"claim {claim.key}: {claim.status}, but no witness is named"
-    for key in listing.tests.keys() - known - keys:
+    numbers = {code.number for code in listing.codes}
+    for key in listing.tests.keys() - known - keys - numbers:
         yield f"{', '.join(listing.tests[key])}: no theorem or claim {key}"
+
+
+def agreement_errors(listing: Listing) -> Iterator[str]:
+    """What the lists say of a claim, its code and its tests agree."""
+    by_number = {code.number: code for code in listing.codes}
+    for claim in listing.claims:
+        code = by_number.get(claim.number)
+        if code is None:
+            yield f"claim {claim.number}: no code in equiv/theory/claims"
+        elif claim.part == "as written" and not code.as_written:
+            yield f"claim {claim.key}: {code.file} has no statement as written"
+    for number, code in by_number.items():
+        if not any(t.startswith("test_theory") for t in listing.tests.get(number, [])):
+            yield f"claim {number}: no test of {code.file} carries this number"
 
 
 def listing_errors(root: Path) -> Iterator[str]:
@@ -179,3 +197,5 @@ def listing_errors(root: Path) -> Iterator[str]:
         return
     yield from theorem_errors(listing)
     yield from claim_errors(listing)
+    yield from code_errors(listing.codes)
+    yield from agreement_errors(listing)
