@@ -1,12 +1,15 @@
 """`equiv claims`: what it takes, prints and writes, and its exit status."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from equiv.cli.main import main
 from equiv.demo import loading
+from equiv.theory.trained import study
+from equiv.theory.trained.study import Study
 
 MODEL = [str(loading.BASE), str(loading.LORA)]
 MINE = '''
@@ -93,6 +96,40 @@ def test_mistakes_are_told(
 ) -> None:
     assert main(["claims", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_training_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def losses(seeds: Sequence[int]) -> dict[str, list[int]]:
+        return {"losses": [10 * seed for seed in seeds]}
+
+    monkeypatch.setattr(study, "studies", lambda: {"mine": Study("mine", 7, losses)})
+    mine = tmp_path / "my_claims.py"
+    mine.write_text(TRAINED)
+    arguments = ["claims", str(mine), "1", "--results", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "no results of the study 'mine'" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--train"]) == 0
+    shown = capsys.readouterr()
+    assert "Training for mine: about 7 minutes" in shown.err
+    assert "Mean 20" in shown.out
+
+
+TRAINED = '''
+import statistics
+import equiv
+from equiv.theory import ClaimResult, Verdict
+
+@equiv.theory.claim(
+    "loss", formula="a", source="this project", kind="trained", study="mine"
+)
+def loss(results):
+    """Because."""
+    return ClaimResult(Verdict.HOLDS, f"mean {statistics.mean(results['losses'])}")
+'''
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ from equiv.theory.values import Claim, ClaimResult, Kind, sentence
 Test = Callable[..., ClaimResult]
 
 _OWN = "equiv.theory.claims"
-_SOURCES = ("paper", "blog", "code", "this project")
+_SOURCES = ("paper", "blog", "code", "others", "this project")
 # Every claim registered so far, by the name of the module that did it.
 _REGISTERED: dict[str, dict[int | str, Claim]] = {}
 
@@ -56,8 +56,8 @@ def claim(
     Args:
         id: A name for a claim of your own; numbers are those of the theory.
         formula: The statement in one formula.
-        source: "paper", "blog", "code" or "this project", perhaps with a reference:
-            "blog: section 2".
+        source: "paper", "blog" or "code" of its authors, "others" or "this project",
+            perhaps with a reference: "blog: section 2".
         title: The statement in a few words; the function's name by default.
         assumptions: What it needs.
         falsified_by: What would show it wrong.

@@ -91,7 +91,8 @@ class Claim:
         title: The statement in a few words.
         formula: The statement in one formula.
         assumptions: What it needs.
-        source: "paper", "blog", "code" or "this project", with a short reference.
+        source: "paper", "blog" or "code" of its authors, "others" or "this project",
+            with a short reference.
         falsified_by: What would show it wrong.
         kind: What it is tested on.
         derivation: Why it should hold; shown by `equiv claims ID --explain`.

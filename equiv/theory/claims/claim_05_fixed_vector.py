@@ -23,7 +23,7 @@ WIDTH, TOKENS = 8, 6
     source="this project; head offsets after LoFiT, scalings after JoLA",
     falsified_by="a mismatch; or equality across a norm after the MLP",
     kind="exact",
-    as_written="post-block steering is more expressive than post-MLP, with vectors too",
+    as_written="steering at block_out is more expressive than at mlp_out",
     derivation="""
         Addition is associative: what is added to the MLP's output is added to the
         stream. The last layer of a sub-layer adds its bias in the same place, so a
@@ -118,8 +118,8 @@ def _as_written() -> AsWritten:
     at_mlp, at_block = skip + (mlp + vector), (skip + mlp) + vector
     return AsWritten(
         Verdict.FAILS if at_mlp == at_block else Verdict.HOLDS,
-        "a vector reads nothing, and both sites write to the same stream: the same "
-        "function",
+        "not by fixed vectors: they read nothing, and both sites write to the same "
+        "stream, so it is one function",
         {
             "x′": skip,
             "y": mlp,

@@ -22,7 +22,7 @@ WIDTH, INNER, CONTEXT = 8, 20, 5
     source="blog: ICL as steering; the rank-one form after Dherin et al. 2025",
     falsified_by="a mismatch",
     kind="exact",
-    as_written="in-context learning is steering attn_out with Δ_A, in every block",
+    as_written="in-context learning is steering attn_out with Δ_A",
     derivation="""
         (W Δ aᵀ) a / ‖a‖² = W Δ, for W_g and W_u alike. The update depends on the token:
         two tokens need two of them. A skip around W is not covered, it needs its own
@@ -96,8 +96,8 @@ def _as_written() -> AsWritten:
     wanted = inside[-1][1]
     return AsWritten(
         Verdict.FAILS if abs(steered - wanted) > 1e-8 else Verdict.HOLDS,
-        "exact in one block; offsets of the two runs, added in two blocks, count the "
-        "first one's effect again",
+        "exact in one block; in two, the offsets of the runs with and without context "
+        "count the first block's effect again",
         {
             "offsets": offsets,
             "token steered": steered,

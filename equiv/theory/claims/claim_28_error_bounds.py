@@ -161,7 +161,8 @@ def _as_written() -> AsWritten:
     right = defects[0] * steered_constants[1] + defects[1]
     return AsWritten(
         Verdict.FAILS if mixed < truth <= right else Verdict.HOLDS,
-        "defects and constants of the same run bound nothing",
+        "the sources do not name the pairing; defects and constants of one run bound "
+        "nothing",
         {
             "tuned blocks": "x, 0",
             "steered blocks": "x + 1, 100 x",

@@ -17,7 +17,7 @@ WIDTH, TOKENS, CONTEXTS = 8, 6, 3
     title="rank one on W_o, or W_v with one query head, moves all tokens on one line",
     formula="ΔW_v = b aᵀ: δ_t = W_o b · Σ_s p_ts a·x_s; ΔW_o = b aᵀ: δ_t = b · a·m_t",
     assumptions="local shifts; one query head for W_v",
-    source="paper: OpenReview zFj9T9kZbm, for linear attention",
+    source="others: OpenReview zFj9T9kZbm, for linear attention",
     falsified_by="shifts off the line; q or k on a line",
     kind="exact",
     as_written="any rank-one update of W_v moves all tokens along one direction",

@@ -89,7 +89,13 @@ def results(name: str, folder: Path | None = None) -> dict[str, Value]:
     Raises:
         FileFormatError: If there is no such file, or it is damaged.
     """
-    content = read_format(_path(name, folder), "study", FORMAT)
+    path = _path(name, folder)
+    if not path.exists():
+        raise FileFormatError(
+            f"There are no results of the study {name!r}: `equiv claims --train` makes "
+            f"{path}."
+        )
+    content = read_format(path, "study", FORMAT)
     if missing := {"seeds", "results"} - content.keys():
         raise FileFormatError(f"Study {name!r}: its file has no `{min(missing)}`.")
     return {**content["results"], "seeds": content["seeds"]}
