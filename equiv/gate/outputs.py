@@ -47,6 +47,12 @@ def rows_of(batches: Sequence[Batch], vocabulary: int | None) -> list[Group]:
     """
     rows: dict[int, list[tuple[int, Tensor]]] = {}
     for batch in batches:
+        if batch.source is not None:
+            raise ArgumentError(
+                "Expected a model that reads one text where outputs are compared, got "
+                "inputs of an encoder–decoder. Its weights are compared without "
+                "`inputs`, its activations by `equiv.check`."
+            )
         ids = batch.arguments.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ArgumentError(

@@ -2,8 +2,9 @@
 
 A batch gives it as `decoder_input_ids` (or `decoder_inputs_embeds`), or as `labels`,
 from which the model makes them: shifted by one, behind its start token. The logits at
-a position predict the label there. Where no `decoder_attention_mask` says which tokens
-count, those up to the last label do, or all.
+a position predict the label there. A model that predicts no tokens, a classifier say,
+may have its decoder read the encoder's text again: then that is taken. Where no
+`decoder_attention_mask` says which tokens count, those up to the last label do, or all.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from equiv.errors import InputsError
 from equiv.model.positions import given_positions, limit_of
+from equiv.model.stubs import replaced_forward
 
 GIVEN = ("decoder_input_ids", "decoder_inputs_embeds")
 NO_LABEL = -100
@@ -52,18 +54,66 @@ def decoder_inputs(
     if words is not None and not words.is_floating_point():
         words = _ended(words.long(), getattr(model.config, "pad_token_id", None))
     name = next((n for n in GIVEN if arguments.get(n) is not None), None)
-    if name is None:
-        if words is None:
-            raise InputsError(_missing(model))
+    told = arguments.get("decoder_attention_mask")
+    if name is not None:
+        ids = arguments[name]
+    elif words is not None:
         name, ids = GIVEN[0], _shifted(model, words)
     else:
-        ids = arguments[name]
+        name, ids, told = GIVEN[0], *_read_again(model, arguments)
     ids = ids.long() if name == GIVEN[0] else ids
-    mask = _mask(arguments.get("decoder_attention_mask"), ids, words)
+    mask = _mask(told, ids, words)
     _check(model, ids, arguments, mask)
     if words is not None and words.shape == mask.shape:
         labels = words.masked_fill(~mask, NO_LABEL)
     return DecoderInputs({name: ids}, mask, labels)
+
+
+def _read_again(
+    model: nn.Module, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """What a model gives its decoder by itself: a text again, shifted; and its mask.
+
+    The tokens that count are those that count in the encoder, shifted as they are.
+
+    Raises:
+        InputsError: If it gives it nothing, or predicts tokens, which no text is for.
+    """
+    whole: Any = model
+    if whole.can_generate():
+        raise InputsError(_missing(model))
+    encoder, decoder = whole.get_encoder(), whole.get_decoder()
+    source = arguments.get("attention_mask")
+
+    def encode(*_: Any, **__: Any) -> tuple[Tensor]:
+        return (torch.zeros(1, 1, 1),)
+
+    def decode(*_: Any, **given: Any) -> None:
+        raise _Reached(given["input_ids"])
+
+    with replaced_forward(encoder, encode), replaced_forward(decoder, decode):
+        try:
+            whole(**arguments)
+        except _Reached as reached:
+            if reached.ids is not None:
+                return reached.ids, _shifted_mask(source, reached.ids)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputsError(_missing(model)) from error
+    raise InputsError(_missing(model))
+
+
+class _Reached(Exception):
+    """Raised in place of the decoder's forward."""
+
+    def __init__(self, ids: Tensor | None) -> None:
+        self.ids = ids
+
+
+def _shifted_mask(source: object, ids: Tensor) -> Tensor | None:
+    """The mask of a text that is shifted by one: its start token counts too."""
+    if not isinstance(source, Tensor) or source.shape != ids.shape:
+        return None
+    return torch.cat([torch.ones_like(source[:, :1]), source[:, :-1]], dim=1)
 
 
 def _missing(model: nn.Module) -> str:

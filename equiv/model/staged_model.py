@@ -18,7 +18,6 @@ beside its weight, never as a dense matrix: W x + t · left (right x).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +31,10 @@ from equiv.model.factors import Factors
 from equiv.model.hooks import Hooks, outputs_of
 from equiv.model.memory import NAME as MEMORY
 from equiv.model.memory import packed, parted
-from equiv.model.position_bias import TABLE, position_bias, sharing
+from equiv.model.position_bias import position_bias, sharing
 from equiv.model.precision import arithmetic
 from equiv.model.sites import (
     EMBED,
-    FLOW,
     LOGITS,
     OUTPUT,
     STREAM,
@@ -50,6 +48,7 @@ from equiv.model.sites import (
     read_and_written,
 )
 from equiv.model.stage import Stage as Stage
+from equiv.model.stage import block_stage
 from equiv.model.stubs import replaced_forward
 
 
@@ -250,27 +249,11 @@ class StagedModel:
         output = self._around.see(self.tensors(embed))
         self.output_site = LOGITS if hasattr(output, LOGITS) else OUTPUT
         asked = (*self.blocks.sites, *read_and_written(sites or ()))
-        stages = [self._block_stage(i, inside[i], asked) for i in self.layers]
+        stages = [block_stage(self.blocks, i, inside[i], asked) for i in self.layers]
         if pair:
             stages.insert(self.blocks.first, Stage("bridge", -1, outside, (), STREAM))
         head = Stage("head", self.num_layers, outside, (), self.output_site)
         self.stages = [embed, *stages, head]
-
-    def _block_stage(
-        self, layer: int, inside: tuple[str, ...], asked: Sequence[str]
-    ) -> Stage:
-        assert self.blocks is not None
-        encodes = layer < self.blocks.first
-        behind = self.blocks.encoder is not None and not encodes
-        output = STREAM if behind else "block_out"
-        crossing = self.blocks.layers_with("cross_out")
-        captured = tuple(
-            n for n in FLOW if n in asked and (n != "cross_out" or layer in crossing)
-        )
-        stage = Stage("block", layer, inside, captured, output, encodes)
-        if shared := sharing(self.blocks, layer):
-            return replace(stage, names=(*inside, f"{shared}.{TABLE}"))
-        return stage
 
     def check_update(self, stage: Stage, names: Iterable[str]) -> None:
         """Refuse an update of what reaches the blocks beside the stream.
