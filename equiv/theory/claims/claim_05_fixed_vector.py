@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from equiv.model.precision import KeepFloat64
+from equiv.steering.applying.apply import steer
+from equiv.steering.forms.vector import Vector
+from equiv.testing.models import transformer
 from equiv.theory.judging import identity, relative
 from equiv.theory.registry import claim
 from equiv.theory.toy_blocks import HEAD, Block, adding, draw_block, run
@@ -13,6 +18,8 @@ from equiv.theory.toys import Draw
 from equiv.theory.values import AsWritten, ClaimResult, Verdict
 
 WIDTH, TOKENS = 8, 6
+PARALLEL = ("gpt_neox",)
+FAMILIES = ("llama", "gpt2", "gemma2", "olmo2", *PARALLEL)
 
 
 @claim(
@@ -33,7 +40,8 @@ WIDTH, TOKENS = 8, 6
         Sites differ by what a steer reads there. A fixed vector reads nothing, so it
         cannot tell mlp_out from block_out. A norm between the MLP and the stream
         (Gemma-2, OLMo-2) separates the module's output from what is written; mlp_out,
-        as the tensor that is added, stays equal to block_out there too.
+        as the tensor that is added, stays equal to block_out there too. In parallel
+        blocks (GPT-NeoX) attn_out is one with both.
     """,
 )
 def fixed_vector(seed: int) -> ClaimResult:
@@ -46,6 +54,7 @@ def fixed_vector(seed: int) -> ClaimResult:
     def at(site: str, layers: list[Block] = blocks) -> Tensor:
         return run(layers, h, adding({(0, site): v}))
 
+    same, other = of_families(seed)
     return identity(
         {
             "mlp_out, block_out": relative(at("mlp_out"), at("block_out")),
@@ -55,6 +64,7 @@ def fixed_vector(seed: int) -> ClaimResult:
             "with a norm: mlp_out, block_out": relative(
                 at("mlp_out", normed), at("block_out", normed)
             ),
+            **same,
         },
         "Vectors at mlp_out and block_out and biases do the same",
         differ={
@@ -62,6 +72,7 @@ def fixed_vector(seed: int) -> ClaimResult:
                 at("mlp_raw", normed), at("block_out", normed)
             ),
             "attn_out, block_out": relative(at("attn_out"), at("block_out")),
+            **other,
         },
         as_written=_as_written(),
     )
@@ -110,6 +121,30 @@ def _one_head(draw: Draw, blocks: Sequence[Block], h: Tensor) -> dict[str, float
             scaled, output(blocks, h, nothing, columns * (1 + m))
         ),
     }
+
+
+def of_families(seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Differences of logits, between vectors at two sites, that should be 0 or not."""
+    same, other = {}, {}
+    for family in FAMILIES:
+        model = transformer(family, seed=seed % 1000)
+        draw = Draw(seed)
+        v = Vector(draw.normal(model.config.hidden_size))
+        ids = draw.normal(1, TOKENS).argsort(-1) + 3
+        at_block = logits(model, ids, "block_out", v)
+        same[f"{family}: mlp_out, block_out"] = relative(
+            logits(model, ids, "mlp_out", v), at_block
+        )
+        attention = relative(logits(model, ids, "attn_out", v), at_block)
+        where = same if family in PARALLEL else other
+        where[f"{family}: attn_out, block_out"] = attention
+    return same, other
+
+
+def logits(model: Any, ids: Tensor, site: str, vector: Vector) -> Tensor:
+    """Of a small model, steered in its first block."""
+    with torch.no_grad(), KeepFloat64(), steer(model, {(0, site): vector}):
+        return model(ids).logits
 
 
 def _as_written() -> AsWritten:
