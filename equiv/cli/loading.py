@@ -6,7 +6,7 @@ from typing import Any
 
 from equiv.errors import FileFormatError
 from equiv.model.rows import Text
-from equiv.model.text_files import read_texts as read_all
+from equiv.model.text_files import read_rows
 
 
 def load_tokenizer(name: str) -> Any:
@@ -23,13 +23,13 @@ def load_tokenizer(name: str) -> Any:
         raise FileFormatError(f"No tokenizer beside {name!r}: {error}") from None
 
 
-def read_texts(path: Path, limit: int) -> list[Text]:
-    """Texts of a file as `equiv.read_texts` reads it; says so if some are left out.
+def read_texts(path: Path, limit: int) -> list[Text | dict[str, Text]]:
+    """Texts of a file, with targets if it has some; says so if any are left out.
 
     Raises:
         InputsError: If the file is missing, empty, or a line is no text.
     """
-    texts = read_all(path)
+    texts = read_rows(path)
     if len(texts) > limit:
         print(f"Using the first {limit} of {len(texts)} texts.", file=sys.stderr)
     return texts[:limit]

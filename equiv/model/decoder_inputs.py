@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from equiv.errors import InputsError
+from equiv.model.batches import MAIN, Batch
 from equiv.model.positions import given_positions, limit_of
 from equiv.model.stubs import replaced_forward
 
@@ -69,6 +70,39 @@ def decoder_inputs(
     return DecoderInputs({name: ids}, mask, labels)
 
 
+def batch_of_both(
+    model: nn.Module,
+    name: str,
+    arguments: Mapping[str, Any],
+    source: Tensor,
+    labels: Any,
+) -> Batch:
+    """A batch of an encoder–decoder: its mask is that of the decoder's tokens.
+
+    Args:
+        model: The model.
+        name: Which of the arguments the encoder reads.
+        arguments: What it is called with, without the labels.
+        source: Tokens that count of what the encoder reads, bool [batch, source].
+        labels: The labels, if there are some.
+
+    Raises:
+        InputsError: As `decoder_inputs`.
+    """
+    given = labels if isinstance(labels, Tensor) else None
+    found = decoder_inputs(model, arguments, given)
+    if name not in MAIN:  # sounds: the encoder has positions of its own
+        config: Any = model.config
+        source = source[:, :1].expand(-1, config.max_source_positions)
+    return Batch(
+        {**arguments, **found.arguments},
+        found.mask,
+        found.labels,
+        index=tuple(range(len(source))),
+        source=source,
+    )
+
+
 def _read_again(
     model: nn.Module, arguments: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
@@ -119,9 +153,9 @@ def _shifted_mask(source: object, ids: Tensor) -> Tensor | None:
 def _missing(model: nn.Module) -> str:
     return (
         f"Expected `labels` or `decoder_input_ids` in the inputs of "
-        f"{type(model).__name__}: they say what its decoder reads. For texts and their "
-        "answers pass `tokenizer(texts, text_target=answers, padding=True, "
-        'return_tensors="pt")`. Of the encoder alone pass `model.get_encoder()`.'
+        f"{type(model).__name__}: they say what its decoder reads. Of texts pass rows "
+        'such as {"text": "…", "target": "…"} and `tokenizer=`. If only the encoder '
+        "is of interest, pass it as the model: `model.get_encoder()`."
     )
 
 

@@ -25,11 +25,12 @@ from equiv.model.batches import (
     pieces,
     room_for,
 )
-from equiv.model.decoder_inputs import decoder_inputs
+from equiv.model.decoder_inputs import batch_of_both
 from equiv.model.families import is_pair, model_type
 from equiv.model.positions import given_positions, limit_of
 from equiv.model.rows import Row, check_columns, rows_in
-from equiv.model.text_files import read_texts
+from equiv.model.text_files import read_rows
+from equiv.model.text_pairs import tokenised, with_targets
 from equiv.model.tokenising import padded_rows
 
 # An additive mask this low leaves a key no weight in any precision: exp(−1000) = 0.
@@ -54,7 +55,7 @@ def from_inputs(
             with a column of either, or of `input_ids`; token ids [batch, seq] or
             features as a tensor, array or nested list; a mapping of keyword arguments;
             or an iterable of tensors, mappings or lists of texts such as a
-            `DataLoader`.
+            `DataLoader`. For an encoder–decoder rows with a text and a target.
         tokenizer: A Hugging Face tokenizer; needed for texts and conversations.
         keep_empty: Whether sequences without any token that counts stay.
 
@@ -63,7 +64,8 @@ def from_inputs(
             leave no token to measure.
     """
     entries = _opened(inputs)
-    rows = rows_in(entries)
+    pairs = with_targets(entries) if is_pair(model) else None
+    rows = rows_in(entries) if pairs is None else tokenised(pairs, tokenizer)
     if rows is None:
         made = numbered(_batches(model, entries))
     else:
@@ -90,7 +92,7 @@ def _opened(inputs: object) -> object:
     if isinstance(inputs, str):
         return [_one_text(inputs)]
     if isinstance(inputs, Path):
-        return read_texts(inputs)
+        return read_rows(inputs)
     if hasattr(inputs, "column_names"):
         check_columns(inputs)
     if hasattr(inputs, "iloc") and hasattr(inputs, "columns"):
@@ -220,32 +222,10 @@ def _from_mapping(model: nn.Module, mapping: Mapping[str, Any]) -> Batch:
     elif isinstance(given, Tensor) and given.ndim == 2:
         mask = given.bool()
     if hf and is_pair(model):
-        return _for_both(model, name, arguments, mask, labels)
+        return batch_of_both(model, name, arguments, mask, labels)
     if isinstance(labels, Tensor):
         labels = _aligned(model, labels, mask)
     return Batch(arguments, mask, labels, index=tuple(range(main.shape[0])))
-
-
-def _for_both(
-    model: nn.Module,
-    name: str,
-    arguments: Mapping[str, Any],
-    source: Tensor,
-    labels: Any,
-) -> Batch:
-    """A batch of an encoder–decoder: the mask is that of the decoder's tokens."""
-    given = labels if isinstance(labels, Tensor) else None
-    found = decoder_inputs(model, arguments, given)
-    if name not in MAIN:  # sounds: the encoder has positions of its own
-        config: Any = model.config
-        source = source[:, :1].expand(-1, config.max_source_positions)
-    return Batch(
-        {**arguments, **found.arguments},
-        found.mask,
-        found.labels,
-        index=tuple(range(len(source))),
-        source=source,
-    )
 
 
 def _as_tensors(mapping: Mapping[str, Any], hf: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from equiv.errors import InputsError
 from equiv.model.rows import FIELDS, Text, as_text
+from equiv.model.text_pairs import TARGETS, target_of
 
 _JSON = (".jsonl", ".json")
 
@@ -39,7 +40,7 @@ def read_texts(
     path = Path(path)
     numbered = _lines(path)[:limit]
     if path.suffix.lower() in _JSON:
-        return [_entry(path, number, line, field) for number, line in numbered]
+        return [_entry(path, number, line, field)[0] for number, line in numbered]
     if numbered[0][1].startswith(("{", '["')):
         raise InputsError(
             f"Expected plain texts in {path}, but its first line looks like JSON: "
@@ -51,6 +52,21 @@ def read_texts(
             "ending .jsonl, with one object per line."
         )
     return [line for _, line in numbered]
+
+
+def read_rows(path: Path) -> list[Text | dict[str, Text]]:
+    """Texts as `read_texts` has them; with a target, where a JSON object has one.
+
+    Raises:
+        InputsError: If the file is missing or empty, or a line is no text.
+    """
+    if path.suffix.lower() not in _JSON:
+        return [*read_texts(path)]
+    found = [_entry(path, number, line, None) for number, line in _lines(path)]
+    return [
+        text if target is None else {"text": text, TARGETS[0]: target}
+        for text, target in found
+    ]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -69,7 +85,10 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return numbered
 
 
-def _entry(path: Path, number: int, line: str, field: str | None) -> Text:
+def _entry(
+    path: Path, number: int, line: str, field: str | None
+) -> tuple[Text, str | None]:
+    """The text of a line, and its target if it has one."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -82,4 +101,4 @@ def _entry(path: Path, number: int, line: str, field: str | None) -> Text:
             f"{path}, line {number}: expected a field {names} with a text or a "
             f"conversation{has}."
         )
-    return found
+    return found, target_of(entry)
