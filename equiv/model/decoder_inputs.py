@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from equiv.errors import InputsError
 from equiv.model.batches import MAIN, Batch
 from equiv.model.positions import given_positions, limit_of
-from equiv.model.stubs import replaced_forward
+from equiv.model.read_again import read_again
 
 GIVEN = ("decoder_input_ids", "decoder_inputs_embeds")
 NO_LABEL = -100
@@ -60,8 +60,10 @@ def decoder_inputs(
         ids = arguments[name]
     elif words is not None:
         name, ids = GIVEN[0], _shifted(model, words)
+    elif again := read_again(model, arguments):
+        name, (ids, told) = GIVEN[0], again
     else:
-        name, ids, told = GIVEN[0], *_read_again(model, arguments)
+        raise InputsError(_missing(model))
     ids = ids.long() if name == GIVEN[0] else ids
     mask = _mask(told, ids, words)
     _check(model, ids, arguments, mask)
@@ -101,53 +103,6 @@ def batch_of_both(
         index=tuple(range(len(source))),
         source=source,
     )
-
-
-def _read_again(
-    model: nn.Module, arguments: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """What a model gives its decoder by itself: a text again, shifted; and its mask.
-
-    The tokens that count are those that count in the encoder, shifted as they are.
-
-    Raises:
-        InputsError: If it gives it nothing, or predicts tokens, which no text is for.
-    """
-    whole: Any = model
-    if whole.can_generate():
-        raise InputsError(_missing(model))
-    encoder, decoder = whole.get_encoder(), whole.get_decoder()
-    source = arguments.get("attention_mask")
-
-    def encode(*_: Any, **__: Any) -> tuple[Tensor]:
-        return (torch.zeros(1, 1, 1),)
-
-    def decode(*_: Any, **given: Any) -> None:
-        raise _Reached(given["input_ids"])
-
-    with replaced_forward(encoder, encode), replaced_forward(decoder, decode):
-        try:
-            whole(**arguments)
-        except _Reached as reached:
-            if reached.ids is not None:
-                return reached.ids, _shifted_mask(source, reached.ids)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputsError(_missing(model)) from error
-    raise InputsError(_missing(model))
-
-
-class _Reached(Exception):
-    """Raised in place of the decoder's forward."""
-
-    def __init__(self, ids: Tensor | None) -> None:
-        self.ids = ids
-
-
-def _shifted_mask(source: object, ids: Tensor) -> Tensor | None:
-    """The mask of a text that is shifted by one: its start token counts too."""
-    if not isinstance(source, Tensor) or source.shape != ids.shape:
-        return None
-    return torch.cat([torch.ones_like(source[:, :1]), source[:, :-1]], dim=1)
 
 
 def _missing(model: nn.Module) -> str:

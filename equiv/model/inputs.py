@@ -214,7 +214,9 @@ def _from_mapping(model: nn.Module, mapping: Mapping[str, Any]) -> Batch:
     given = arguments.get("attention_mask")
     if hf:
         _check_call(model, arguments, name)
-        mask = mask if given is None else _token_mask(given, mask)
+        # Of sounds it tells nothing that an encoder attends by.
+        sounds = name not in MAIN and is_pair(model)
+        mask = mask if given is None or sounds else _token_mask(given, mask)
         positions = given_positions(model, arguments, mask)
         arguments |= {} if positions is None else {"position_ids": positions}
         # A cache would be kept for every batch, and nobody reads it.
