@@ -49,11 +49,14 @@ def check(
         inputs: `None` (drawn from the seed: good for the calculus only), `"samples"`
             (sampled from the base and the tuned model), texts or conversations with
             `tokenizer`, a `Path` of a file of them, a `datasets.Dataset`, a tensor, a
-            mapping of keyword arguments, or an iterable of those.
+            mapping of keyword arguments, or an iterable of those. For an
+            encoder–decoder also what its decoder reads: `labels` or `decoder_input_ids`
+            beside the ids, or rows with a text and a target.
         sites: Where to measure and steer, by name or pattern such as "mlp_*"; see
             `equiv.model.sites`. For a plain module, names of submodules. `None` for
             all.
-        layers: Blocks that become rows; `None` for all.
+        layers: Blocks that become rows; `None` for all. An encoder–decoder's are
+            numbered through, the encoder's first.
         forms: Forms of steering to fit: "vector", "affine".
         rank: Rank of the affine map; ranks 1 and full are measured beside it.
         target: "block": fits aim at the block output's shift, so that sites can be

@@ -339,3 +339,22 @@ def test_setting_the_last_stream_to_the_tuned_one_leaves_nothing() -> None:
     )
     (exact,) = [row for row in report.behaviour if row.rung == "exact oracle"]
     assert exact.recovered is not None and exact.recovered > 1 - 1e-9
+
+
+def test_heads_are_those_of_the_stack() -> None:
+    model = transformer("bart", seed=11, decoder_attention_heads=4)
+    update = equiv.Update.random(model, 0.05, seed=0)
+    found: Any = equiv.fit_sequential(
+        model, update, several(model, 2), site="attn_heads", form="heads", dtype=F64
+    )
+    shapes = {layer: tuple(own.offset.shape) for (layer, _), own in found.items()}
+    assert shapes == {0: (2, 8), 1: (2, 8), 2: (4, 4), 3: (4, 4)}
+
+
+def test_the_jacobian_is_not_taken_between_stacks() -> None:
+    model = transformer("t5", seed=11)
+    update = equiv.Update.random(model, 0.05, seed=0)
+    with pytest.raises(equiv.SiteError, match="in the same stack as layer 1"):
+        equiv.fit_downstream(
+            model, update, example(model), site="block_out", at="logits", layers=[1]
+        )

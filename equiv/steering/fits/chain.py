@@ -66,12 +66,14 @@ class Spec:
         """The ridge that was given, or the one that is taken without choosing."""
         return RIDGE if self.ridge is None else self.ridge
 
-    def fitter(self, cut: StagedModel) -> Fitter:
-        """A fitter of this form for a model."""
+    def fitter(self, cut: StagedModel, layer: int) -> Fitter:
+        """A fitter of this form for a layer of a model."""
         heads = None
         if self.form == "heads":
             config = getattr(cut.model, "config", None)
             heads = getattr(config, "num_attention_heads", None)
+            if cut.decodes(layer):
+                heads = getattr(config, "decoder_attention_heads", heads)
             if heads is None:
                 raise ArgumentError(
                     f"{type(cut.model).__name__} does not say how many heads it has: "
@@ -203,7 +205,7 @@ class Chain:
         steers: Steer,
     ) -> Fitted:
         """Fit one steer on the stream, with the block's earlier ones applied."""
-        fitter = spec.fitter(self.cut)
+        fitter = spec.fitter(self.cut, stage.layer)
         aimed, read = aim(self.cut, spec.site, spec.target), Site(spec.site).read
         for batch in self.fitted.batches:
             hidden = self.fitted.hidden.get(batch)

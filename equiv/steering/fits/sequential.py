@@ -259,7 +259,7 @@ def _at_once(
         kept = list(traces)
         inside = stage.name in ("block", "module")
         for spec in plan.get(stage.layer, ()) if inside else ():
-            fitter = spec.fitter(cut)
+            fitter = spec.fitter(cut, stage.layer)
             for trace in kept:
                 if pair := _pair(cut, spec, trace, scope):
                     fitter.add(*pair, choosing=trace.batch in choosing)
