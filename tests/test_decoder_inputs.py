@@ -84,6 +84,10 @@ def test_what_says_nothing_to_the_decoder_is_refused(family: str) -> None:
         equiv.check(model, update, read)
     with pytest.raises(equiv.InputsError, match="as many sequences for the decoder"):
         equiv.check(model, update, {**call, "decoder_input_ids": torch.ones(3, 4)})
+    with pytest.raises(equiv.InputsError, match="its blocks would not run"):
+        given = {"encoder_outputs": (torch.randn(2, 6, 16),)}
+        ids = call["decoder_input_ids"]
+        equiv.check(model, update, {**given, "decoder_input_ids": ids})
     mask = torch.ones(2, 7)
     with pytest.raises(equiv.InputsError, match="decoder_attention_mask"):
         equiv.check(model, update, {**call, "decoder_attention_mask": mask})

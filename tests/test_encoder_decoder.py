@@ -341,6 +341,15 @@ def test_setting_the_last_stream_to_the_tuned_one_leaves_nothing() -> None:
     assert exact.recovered is not None and exact.recovered > 1 - 1e-9
 
 
+def test_a_pattern_stands_for_sites_of_either_stack() -> None:
+    model = transformer("t5", seed=11)
+    update = equiv.Update.random(model, 0.05, seed=0)
+    found = equiv.shifts(model, update, example(model), sites=("*oss_out", "block*"))
+    keys = [(shift.layer, shift.site) for shift in found]
+    assert keys.count((2, "cross_out")) == 1 and (0, "cross_out") not in keys
+    assert {layer for layer, site in keys if site == "block_out"} == {0, 1, 2, 3}
+
+
 def test_heads_are_those_of_the_stack() -> None:
     model = transformer("bart", seed=11, decoder_attention_heads=4)
     update = equiv.Update.random(model, 0.05, seed=0)

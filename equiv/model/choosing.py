@@ -88,7 +88,7 @@ def module_sites(
 
 def _has(blocks: Blocks, name: str) -> bool:
     try:
-        blocks.place(0, name)
+        blocks.place(blocks.layers_with(name)[0], name)
     except SiteError:
         return False
     return True

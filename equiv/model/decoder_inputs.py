@@ -89,8 +89,13 @@ def batch_of_both(
         labels: The labels, if there are some.
 
     Raises:
-        InputsError: As `decoder_inputs`.
+        InputsError: As `decoder_inputs`; or if the encoder would not run.
     """
+    if arguments.get("encoder_outputs") is not None:
+        raise InputsError(
+            "Expected what the encoder reads, got `encoder_outputs`: its blocks would "
+            "not run. Pass `input_ids`."
+        )
     given = labels if isinstance(labels, Tensor) else None
     found = decoder_inputs(model, arguments, given)
     if name not in MAIN:  # sounds: the encoder has positions of its own
