@@ -1,62 +1,19 @@
-"""Encoder–decoders: both stacks, cross-attention, what each reads, and a whole check.
+"""Encoder–decoders: both stacks, cross-attention, and a whole check.
 
 The witness is one jvp of the whole model, whose activations plain hooks read off at
 the places that `benchmarks.support_witness` has written down by itself.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from two_stacks import EVERY, F64, padded, several, whole
 
 import equiv
-from benchmarks.support_witness import Key, activations, places_of
 from equiv.model.families import find_blocks
-from equiv.model.precision import KeepFloat64
-from equiv.steering.forms.affine import Affine
-from equiv.steering.forms.vector import Vector
 from equiv.testing.models import PAIRED, example, transformer
-
-F64 = torch.float64
-SITES = ("attn_heads", "attn_out", "cross_out", "resid_mid", "mlp_in", "mlp_hidden")
-EVERY = (*SITES, "mlp_out", "block_out")
-
-
-def padded(model: Any) -> dict[str, Any]:
-    """Inputs of which neither stack's rows are all full."""
-    call = example(model, seed=5)
-    mask = torch.ones(2, 4, dtype=torch.long)
-    mask[1, 3:] = 0
-    call["decoder_attention_mask"] = mask
-    if "input_ids" in call:
-        call["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-    return call
-
-
-def several(model: Any, count: int) -> dict[str, Any]:
-    """Inputs of `count` times as many sequences."""
-    calls = [example(model, seed=seed) for seed in range(count)]
-    return {name: torch.cat([call[name] for call in calls]) for name in calls[0]}
-
-
-def whole(
-    model: Any, deltas: Mapping[str, Tensor], call: Mapping[str, Any], t: float
-) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
-    """Activations and their derivative at W + tΔW, by one jvp of the whole model."""
-    places = places_of(model.config.model_type, model.config)
-    base = {name: p.detach() for name, p in model.named_parameters()}
-    at = {name: base[name] + t * delta for name, delta in deltas.items()}
-
-    def run(moving: dict[str, Tensor]) -> dict[Key, Tensor]:
-        return activations(model, places, {**base, **moving}, call)
-
-    with sdpa_kernel(SDPBackend.MATH), KeepFloat64(), torch.no_grad():
-        values, tangents = jvp(run, (at,), (dict(deltas),))[:2]
-    return values, tangents
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -156,127 +113,6 @@ def test_padding_of_either_stack_changes_no_shift() -> None:
                 torch.testing.assert_close(
                     getattr(other, name)[1][own], getattr(shift, name)[0]
                 )
-
-
-@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
-def test_a_steer_reads_the_middle_of_a_decoder_block_behind_cross_attention(
-    family: str,
-) -> None:
-    """In Whisper no module is given that sum and returns it: it is formed."""
-    model, seen = transformer(family, seed=5), []
-    call = example(model)
-    places = places_of(family, model.config)
-    base = dict(model.named_parameters())
-    with torch.no_grad():
-        before = activations(model, places, base, call)
-        v = torch.randn(16, generator=torch.Generator().manual_seed(0)).double()
-
-        def shift(h: Tensor) -> Tensor:
-            seen.append(h)
-            return v.expand_as(h)
-
-        with equiv.steer(model, {(3, "resid_mid"): shift}):  # type: ignore[dict-item]
-            after = activations(model, places, base, call)
-    expected = before[3, "x"] + before[3, "attn_out"] + before[3, "cross_out"]
-    if family == "bart":  # its norms end the sums
-        block = model.model.decoder.layers[3 - 2]
-        middle = block.self_attn_layer_norm(before[3, "x"] + before[3, "attn_out"])
-        expected = block.encoder_attn_layer_norm(middle + before[3, "cross_out"])
-    torch.testing.assert_close(seen[0], expected.detach(), rtol=1e-6, atol=1e-6)
-    assert torch.equal(after[3, "attn_out"], before[3, "attn_out"])
-    assert not torch.equal(after[3, "mlp_out"], before[3, "mlp_out"])
-
-
-@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
-def test_the_engine_steers_both_stacks_as_the_live_model_does(family: str) -> None:
-    model = transformer(family, seed=6)
-    update = equiv.Update.random(model, 0.05, seed=1)
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=F64) / 4
-
-    sites = [(0, "attn_out"), (1, "block_out"), (2, "cross_out"), (3, "resid_mid")]
-    sites += [(3, "cross_out->block_out")]
-    steering = {key: Affine(drawn(2, 16), drawn(16, 2), drawn(16)) for key in sites}
-    call = padded(model)
-    found = equiv.evaluate(model, update, call, steering, dtype=F64)
-    tuned = {n: p + update.deltas[n] for n, p in model.named_parameters()}
-    with torch.no_grad(), KeepFloat64():
-        with equiv.steer(model, steering):
-            live = model(**call).logits
-        expected = torch.func.functional_call(model, tuned, (), call).logits
-    p, q = torch.log_softmax(expected, -1), torch.log_softmax(live, -1)
-    kl = (p.exp() * (p - q)).sum(-1)[call["decoder_attention_mask"].bool()]
-    assert found.tokens == 7
-    assert abs(found.steered - float(kl.mean())) < 1e-10
-    assert found.steered != found.unsteered
-
-
-@pytest.mark.parametrize("family", ["t5", "whisper"])
-def test_positions_are_counted_in_the_stack_they_belong_to(family: str) -> None:
-    model = transformer(family, seed=7)
-    call, blocks = padded(model), places_of(family, model.config)
-    base = dict(model.named_parameters())
-    v = Vector(torch.ones(16, dtype=F64))
-
-    def moved(layer: int, positions: Any) -> list[list[bool]]:
-        with torch.no_grad():
-            before = activations(model, blocks, base, call)
-            with equiv.steer(model, {(layer, "block_out"): v}, positions=positions):
-                after = activations(model, blocks, base, call)
-        key = layer, "block_out"
-        return (after[key] != before[key]).any(-1).tolist()
-
-    last = [[False, False, False, True], [False, False, True, False]]
-    assert moved(3, "last") == last
-    assert moved(3, torch.tensor(last)) == last
-    if family == "t5":
-        assert moved(1, "last") == [
-            [False, False, False, True, False, False],
-            [False] * 5 + [True],
-        ]
-    else:  # sounds have no padding
-        assert moved(1, "last") == [[False] * 5 + [True]] * 2
-    with (
-        pytest.raises(equiv.ArgumentError, match="steering of one stack"),
-        equiv.steer(
-            model,
-            {(0, "block_out"): v, (2, "block_out"): v},
-            positions=torch.tensor(last),
-        ),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("positions", ["generated", "prompt", "last", "all"])
-def test_generated_tokens_are_those_after_what_the_decoder_is_given(
-    positions: str,
-) -> None:
-    """Against a steer that counts columns by itself, in forwards without a cache."""
-    model = transformer("t5", seed=8)
-    ids = example(model)["input_ids"]
-    v = 2 * torch.randn(16, generator=torch.Generator().manual_seed(3)).double()
-    call = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
-    call |= {"attention_mask": torch.ones_like(ids), "eos_token_id": None}
-    with equiv.steer(model, {(3, "block_out"): Vector(v)}, positions=positions):
-        cached = model.generate(ids, **call)
-        plain = model.generate(ids, **call, use_cache=False)
-    assert torch.equal(cached, plain)
-
-    def chosen(h: Tensor) -> Tensor:
-        column = torch.arange(h.shape[1])
-        picked = {
-            "generated": column > 0,
-            "prompt": column == 0,
-            "last": column == 0,
-            "all": column >= 0,
-        }[positions]
-        return torch.where(picked[:, None], v, 0.0).expand_as(h)
-
-    with equiv.steer(model, {(3, "block_out"): chosen}):  # type: ignore[dict-item]
-        expected = model.generate(ids, **call, use_cache=False)
-    assert torch.equal(cached, expected)
 
 
 @pytest.mark.parametrize(
