@@ -194,12 +194,3 @@ def test_heads_are_those_of_the_stack() -> None:
     )
     shapes = {layer: tuple(own.offset.shape) for (layer, _), own in found.items()}
     assert shapes == {0: (2, 8), 1: (2, 8), 2: (4, 4), 3: (4, 4)}
-
-
-def test_the_jacobian_is_not_taken_between_stacks() -> None:
-    model = transformer("t5", seed=11)
-    update = equiv.Update.random(model, 0.05, seed=0)
-    with pytest.raises(equiv.SiteError, match="in the same stack as layer 1"):
-        equiv.fit_downstream(
-            model, update, example(model), site="block_out", at="logits", layers=[1]
-        )

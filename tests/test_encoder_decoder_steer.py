@@ -5,13 +5,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from two_stacks import F64, padded
 
 import equiv
-from benchmarks.support_witness import activations, places_of
+from benchmarks.support_witness import OUTPUT, activations, places_of
+from equiv.model.guard import measured
+from equiv.model.inputs import from_inputs
 from equiv.model.precision import KeepFloat64
+from equiv.model.stages import staged
 from equiv.steering.forms.affine import Affine
 from equiv.steering.forms.vector import Vector
+from equiv.steering.jacobian.later import as_later
+from equiv.steering.jacobian.passage import Passage, part_of, way
 from equiv.testing.models import example, transformer
 
 
@@ -156,3 +163,73 @@ def test_rows_get_their_own_steers_in_both_stacks_also_as_beams() -> None:
         with equiv.steer(model, own):
             assert torch.equal(generated(ids[row : row + 1])[0], together[row])
     assert not torch.equal(generated(ids), together)
+
+
+@pytest.mark.parametrize(
+    ("key", "at"),
+    [
+        ((1, "mlp_out"), (3, "cross_out")),
+        ((0, "block_out"), "logits"),
+        ((2, "cross_out"), (3, "block_out")),
+    ],
+)
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_jacobian_between_sites_of_either_stack(
+    family: str, key: tuple[int, str], at: Any
+) -> None:
+    """Products with it against derivatives of the live model under a steer."""
+    model, later = transformer(family, seed=12), as_later(at)
+    call, places = padded(model), places_of(family, model.config)
+    base = dict(model.named_parameters())
+    end = OUTPUT if at == "logits" else at
+    batches = from_inputs(model, call)
+    with (
+        measured(model),
+        staged(model, batches, F64, sites=(key[1], *later.captured)) as cut,
+    ):
+        hidden = None
+        for stage in cut.stages:
+            if stage.layer == key[0]:
+                break
+            hidden, _ = cut.run(stage, cut.tensors(stage), hidden, 0)
+        part = part_of(way(cut, key[0], key[1], later), 0, hidden)
+        passage = Passage(way(cut, key[0], key[1], later), (part,))
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(passage.size, generator=generator, dtype=F64)
+        w = torch.randn(part.base.shape, generator=generator, dtype=F64)
+        pushed, pulled = passage.push(v), passage.pull(w)
+    mask = call["decoder_attention_mask"].bool()
+    assert torch.equal(part.keep, mask) and len(pushed) == 7
+
+    def live(t: Tensor) -> Tensor:
+        added = t * part.spread(v)
+        with equiv.steer(model, {key: lambda h: added}):  # type: ignore[dict-item]
+            return activations(model, places, base, call)[end][mask]
+
+    with sdpa_kernel(SDPBackend.MATH), KeepFloat64():
+        one = torch.ones((), dtype=F64)
+        expected = jvp(live, (0 * one,), (one,))[1]
+    torch.testing.assert_close(pushed, expected, rtol=1e-9, atol=1e-11)
+    assert pushed.norm() > 1e-3
+    # The reverse is the transpose of that.
+    assert abs(float((pulled * v).sum() - (w * pushed).sum())) < 1e-10
+
+
+def test_an_encoders_steer_is_fitted_to_what_the_decoder_does() -> None:
+    """It leaves less of the update's effect than none does."""
+    model, at = transformer("t5", seed=12), (3, "block_out")
+    update = equiv.Update.random(model, 0.05, seed=1).restricted(names="encoder.*")
+    fitted = equiv.fit_downstream(
+        model,
+        update,
+        padded(model),
+        site="block_out",
+        at=at,
+        layers=[1],
+        rank=2,
+        iterations=8,
+        rounds=1,
+        dtype=F64,
+    )
+    found = equiv.evaluate(model, update, padded(model), fitted, dtype=F64)
+    assert found.recovered is not None and found.recovered > 0.5

@@ -78,7 +78,7 @@ def as_later(at: object) -> Later:
 
 
 def is_later(cut: StagedModel, layer: int, site: str, later: Later) -> bool:
-    """Whether it is computed after what a steer writes, in the same stack.
+    """Whether it is computed after what a steer writes.
 
     A module without blocks does not say in which order it calls its submodules.
     """
@@ -86,8 +86,6 @@ def is_later(cut: StagedModel, layer: int, site: str, later: Later) -> bool:
     end, name = later.place(cut, layer)
     if cut.blocks is None:
         return name != write
-    if cut.decodes(end) != cut.decodes(layer):
-        return False
     if end != layer:
         return end > layer
     return FLOW.index(name) > FLOW.index(write)
@@ -97,15 +95,9 @@ def check_later(cut: StagedModel, layer: int, site: str, later: Later) -> None:
     """Refuse a later site that is not.
 
     Raises:
-        SiteError: If it is computed before what the steer writes, or in another stack.
+        SiteError: If it is computed before what the steer writes.
     """
     cut.check_site(layer, site)
-    if cut.decodes(later.place(cut, layer)[0]) != cut.decodes(layer):
-        raise SiteError(
-            f"Expected `at` in the same stack as layer {layer}, got {later.key}: the "
-            "encoder and the decoder read different tokens, and the Jacobian between "
-            "their sites is not taken."
-        )
     if not is_later(cut, layer, site, later):
         raise SiteError(
             f"Expected `at` to come after {Site(site).write} of layer {layer}, got "

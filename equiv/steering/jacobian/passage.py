@@ -72,11 +72,13 @@ class Part:
         batch: Which batch.
         hidden: The first stage's input; `None` for a module without blocks.
         mask: Tokens that are written, bool.
-        keep: Those of them at which the later site counts.
+        keep: Tokens at which the later site counts: some of those that are written,
+            or, where it is in another stack, tokens of that.
         shape: Of the activation where the steer writes.
         read: What the steer reads, [written, d].
         height: ‖h‖ of the activation where it writes, [written].
         base: The later site's activation at Δ = 0, [kept, e].
+        crosses: Whether the later site is in another stack than the steer.
     """
 
     batch: int
@@ -87,11 +89,15 @@ class Part:
     read: Tensor
     height: Tensor
     base: Tensor
+    crosses: bool = False
 
     @property
     def kept(self) -> Tensor:
-        """Which of the written rows count at the later site, bool [written]."""
-        if not _by_token(self.shape, self.mask):
+        """Which of the written rows count at the later site, bool [written].
+
+        All of an encoder's, for a site of the decoder.
+        """
+        if self.crosses or not _by_token(self.shape, self.mask):
             return torch.ones_like(self.height, dtype=torch.bool)
         rows = self.keep[self.mask]
         return rows.repeat_interleave(len(self.height) // len(rows))
@@ -100,11 +106,14 @@ class Part:
     def sequences(self) -> tuple[Tensor, Tensor]:
         """The sequence that each written row, and each row that counts, belongs to."""
         numbers = torch.arange(len(self.mask), device=self.mask.device)
-        each = numbers.reshape(-1, *[1] * (self.mask.ndim - 1)).expand_as(self.mask)
+        rows = numbers.reshape(-1, *[1] * (self.mask.ndim - 1))
         pooled = len(self.base) < int(self.keep.sum())
         pairs = (
-            (each[self.mask], len(self.height)),
-            (numbers if pooled else each[self.keep], len(self.base)),
+            (rows.expand_as(self.mask)[self.mask], len(self.height)),
+            (
+                numbers if pooled else rows.expand_as(self.keep)[self.keep],
+                len(self.base),
+            ),
         )
         found = [own.repeat_interleave(count // len(own)) for own, count in pairs]
         return found[0], found[1]
@@ -136,9 +145,11 @@ def part_of(
     stage, tensors = road.inside[0]
     _, sites = road.cut.run(stage, tensors, hidden, batch)
     site, mask = Site(road.site), road.cut.mask(stage, batch)
-    keep = fitted_tokens(
-        mask, stream_of(sites, site.read), first_position=first_position
-    )
+    found, last = road.activation(batch, hidden), road.inside[-1][0]
+    crosses = last.encodes != stage.encodes
+    stream = found if crosses else stream_of(sites, site.read)
+    counting = road.cut.mask(last, batch)
+    keep = fitted_tokens(counting, stream, first_position=first_position)
     written = counted(sites[site.write], mask)
     return Part(
         batch,
@@ -148,7 +159,8 @@ def part_of(
         sites[site.write].shape,
         counted(sites[site.read], mask),
         torch.linalg.vector_norm(written, dim=-1),
-        counted(road.activation(batch, hidden), keep),
+        counted(found, keep),
+        crosses,
     )
 
 
