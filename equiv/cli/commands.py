@@ -56,7 +56,8 @@ def check(
         typer.Option(
             metavar="FILE",
             help="Texts to measure on: one per line, or JSONL with a `text` (or "
-            '`question`) field; or "samples". Without it, random token ids: good for '
+            "`question`) field, for an encoder–decoder with a `target` beside it; or "
+            '"samples". Without it, random token ids: good for '
             "the calculus only.",
         ),
     ] = None,

@@ -53,7 +53,10 @@ def decoder_inputs(
     """
     words = labels if labels is not None and labels.ndim == 2 else None
     if words is not None and not words.is_floating_point():
-        words = _ended(words.long(), getattr(model.config, "pad_token_id", None))
+        config: Any = model.config
+        pad = getattr(config, "pad_token_id", None)
+        ends = pad == getattr(config, "eos_token_id", None)
+        words = _ended(words.long(), pad, ends=ends)
     name = next((n for n in GIVEN if arguments.get(n) is not None), None)
     told = arguments.get("decoder_attention_mask")
     if name is not None:
@@ -119,19 +122,28 @@ def _missing(model: nn.Module) -> str:
     )
 
 
-def _ended(labels: Tensor, pad: int | None) -> Tensor:
+def _ended(labels: Tensor, pad: int | None, *, ends: bool = False) -> Tensor:
     """Labels without the padding at their end, as tokenizers leave it there.
 
-    Where the token for padding also ends a text, the first of them is kept.
+    Args:
+        labels: They, [batch, seq].
+        pad: The token for padding.
+        ends: Whether it also ends a text: then the first of them is kept.
 
     Example:
-        >>> _ended(torch.tensor([[5, 0, 7, 1, 0, 0]]), pad=0)
+        >>> labels = torch.tensor([[5, 0, 7, 1, 0, 0]])
+        >>> _ended(labels, pad=0)
         tensor([[   5,    0,    7,    1, -100, -100]])
+        >>> _ended(labels, pad=0, ends=True)
+        tensor([[   5,    0,    7,    1,    0, -100]])
     """
     if pad is None:
         return labels
     padding = (labels == pad) | (labels == NO_LABEL)
     behind = padding.flip(1).cumprod(1).flip(1).bool()
+    if ends:
+        behind[:, 1:] &= behind[:, :-1].clone()
+        behind[:, 0] = False
     return labels.masked_fill(behind, NO_LABEL)
 
 
