@@ -173,6 +173,7 @@ class Measurement:
                 ),
                 superposition=calculus.superposition,
                 contributions=calculus.contributions,
+                first_positions=assemble.first_positions(table.streams),
                 notes=tuple(self.notes),
             )
         try:

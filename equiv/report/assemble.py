@@ -11,17 +11,20 @@ from equiv.model.sites import Site
 from equiv.report.values import (
     Behaviour,
     Coverage,
+    FirstPosition,
     FitRow,
     Order,
     Radius,
+    Rest,
     Row,
     Scope,
 )
 from equiv.shift.calculus import Curve, RowKey
 from equiv.shift.radius import Question
-from equiv.shift.table import CoverageSums, FullSize
+from equiv.shift.table import CoverageSums, FullSize, StreamSums
 from equiv.steering.fits.chain import Spec
 from equiv.steering.fits.moments import ENOUGH_TOKENS, Regression
+from equiv.steering.fits.sinks import SINK
 from equiv.steering.fits.table import MomentTable, PairKey
 
 BEST_SINGLE_LAYERS = 3
@@ -65,9 +68,32 @@ def rows(
                 taylor=curve.points(),
                 taylor_floor=curve.floor(order_dtype),
                 taylor_dtype=_name(order_dtype),
+                rest=_rest(sums.rest, midpoint),
             )
         )
     return tuple(sorted(made, key=lambda row: (row.layer, _SCOPES.index(row.scope))))
+
+
+def _rest(sums: FullSize | None, midpoint: bool) -> Rest | None:
+    if sums is None or not sums.tokens:
+        return None
+    return Rest(
+        tokens=sums.tokens,
+        norm_base=sums.base.norm,
+        norm_exact=sums.first.exact**0.5,
+        remainder=sums.first.relative_remainder,
+        remainder_midpoint=sums.midpoint.relative_remainder if midpoint else None,
+    )
+
+
+def first_positions(sums: Mapping[int, StreamSums]) -> tuple[FirstPosition, ...]:
+    """The stream at first positions beside the others', per layer that has both."""
+    made = []
+    for layer, entry in sums.items():
+        if entry.firsts and entry.others:
+            first, rest = entry.first / entry.firsts, entry.rest / entry.others
+            made.append(FirstPosition(layer, first, rest, first > SINK * rest))
+    return tuple(made)
 
 
 def _midpoint_order(curve: Curve, dtype: torch.dtype, midpoint: bool) -> Order | None:

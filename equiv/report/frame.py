@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from equiv.report.report import Report
 
 
-TABLES = ("rows", "coverage", "fits", "behaviour", "spectra")
+TABLES = ("rows", "coverage", "fits", "behaviour", "spectra", "first_positions")
 
 
 def to_frame(report: "Report", table: str = "rows") -> "pandas.DataFrame":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from equiv.report import ladder_plot, naming, numbers, plot
 from equiv.report.answer import unsteered
+from equiv.report.first_positions import told_apart
 from equiv.report.meaning import meaning
 from equiv.report.page import page
 from equiv.report.prose import joined
@@ -57,6 +58,7 @@ def to_html(report: "Report") -> str:
         local=[r for r in report.rows if r.scope is Scope.LOCAL],
         own_shift=_fitted_to_their_own_shift(report),
         ranks=shown_ranks(report),
+        apart=told_apart(report),
         meaning=meaning(report),
         pictures=list(_pictures(report)),
     )

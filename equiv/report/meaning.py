@@ -12,6 +12,7 @@ from equiv.report.answer import (
     why_not_judged,
     wrong_orders,
 )
+from equiv.report.first_positions import first_positions
 from equiv.report.naming import at, end, everywhere, is_plain, moves_only_output
 from equiv.report.numbers import percent, scale
 from equiv.report.values import Behaviour, Radius, Verdict
@@ -25,7 +26,12 @@ SMALL = 0.1
 
 def meaning(report: "Report") -> list[str]:
     """One sentence or two per question that was measured; never nothing at all."""
-    return [*_derivative(report), *_radii(report), *_steering(report)]
+    return [
+        *_derivative(report),
+        *_radii(report),
+        *first_positions(report),
+        *_steering(report),
+    ]
 
 
 def _derivative(report: "Report") -> Iterator[str]:

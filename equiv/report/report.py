@@ -12,6 +12,7 @@ from equiv.report.values import (
     Behaviour,
     Contributions,
     Coverage,
+    FirstPosition,
     FitRow,
     Order,
     Row,
@@ -44,6 +45,7 @@ class Report:
         superposition: The first-order equivalence at the output; `None` when off.
         spectra: What steering of each size leaves, per (layer, site).
         contributions: What each stage's own update adds to the output, to first order.
+        first_positions: Per layer, whether first positions hold an attention sink.
         notes: Whatever the reader must know before using a figure.
         format: Number of the file format of `to_json`.
     """
@@ -56,6 +58,7 @@ class Report:
     spectra: tuple[Spectrum, ...] = ()
     superposition: Superposition | None = None
     contributions: Contributions | None = None
+    first_positions: tuple[FirstPosition, ...] = ()
     notes: tuple[str, ...] = ()
     format: int = FORMAT
 
@@ -122,7 +125,8 @@ class Report:
         """A table as a data frame, nested fields flattened (`order_verdict`, …).
 
         Args:
-            table: "rows", "coverage", "fits", "behaviour" or "spectra".
+            table: "rows", "coverage", "fits", "behaviour", "spectra" or
+                "first_positions".
 
         Raises:
             ArgumentError: If there is no such table.

@@ -24,9 +24,11 @@ __all__ = [
     "Behaviour",
     "Contributions",
     "Coverage",
+    "FirstPosition",
     "FitRow",
     "Order",
     "Radius",
+    "Rest",
     "Row",
     "Scope",
     "Spectrum",
@@ -38,11 +40,37 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class Rest:
+    """A row's figures at full size without the first position of each sequence."""
+
+    tokens: int
+    norm_base: float
+    norm_exact: float
+    remainder: float | None
+    remainder_midpoint: float | None
+
+
+@dataclass(frozen=True)
+class FirstPosition:
+    """How large the base stream after a layer is at first positions, and elsewhere.
+
+    Both are mean norms per token that counts; `sink` says whether the first is so much
+    larger that fits leave it out.
+    """
+
+    layer: int
+    norm_first: float
+    norm_rest: float
+    sink: bool
+
+
+@dataclass(frozen=True)
 class Row:
     """First-order equivalence at one (layer, site, scope).
 
     `remainder` is the relative remainder at full size (t = 1) of the derivative at
-    the base, `remainder_midpoint` of the derivative at W + ΔW/2.
+    the base, `remainder_midpoint` of the derivative at W + ΔW/2. `rest` has the same
+    without first positions; `None` where there are no others, or no positions.
     """
 
     layer: int
@@ -65,6 +93,7 @@ class Row:
     taylor: tuple[TaylorPoint, ...] = ()
     taylor_floor: float | None = None
     taylor_dtype: str | None = None
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,59 @@ import torch
 from torch import Tensor
 
 from equiv.errors import UpdateError
+from equiv.model.batches import first_unmasked
 from equiv.model.sites import Sites
 from equiv.shift.calculus import RowKey, Selection, scopes
 from equiv.shift.derivative import JVP
-from equiv.shift.measures import Comparison, Square, counted, ratio
+from equiv.shift.measures import Comparison, Square, counted, has_tokens, ratio
 from equiv.shift.results import Scope
 from equiv.shift.traces import Trace
 
 
 @dataclass
 class FullSize:
-    """Sums of one row: the base activation, and both first-order shifts."""
+    """Sums of one row: the base activation, and both first-order shifts.
+
+    `rest` has the same sums without the first position of each sequence that counts;
+    no tokens where there are no positions.
+    """
 
     base: Square = field(default_factory=Square)
     first: Comparison = field(default_factory=Comparison)
     midpoint: Comparison = field(default_factory=Comparison)
     tokens: int = 0
     derivative: str = JVP
+    rest: "FullSize | None" = None
+
+    def add(self, base: Tensor, exact: Tensor, slopes: tuple[Tensor, ...]) -> None:
+        """Add tokens [tokens, features]; slopes at the base and, if had, midway."""
+        self.tokens += len(base)
+        self.base.add(base)
+        sums = (self.first, self.midpoint)
+        for comparison, slope in zip(sums, slopes, strict=False):
+            comparison.add(exact, slope)
+
+
+@dataclass
+class StreamSums:
+    """Norms of the base stream after a block: tokens at first positions, and others."""
+
+    first: float = 0.0
+    rest: float = 0.0
+    firsts: int = 0
+    others: int = 0
+
+    def add(self, stream: Tensor, mask: Tensor) -> None:
+        """Add a batch, [batch, seq, d]; what has no positions is left out."""
+        if mask.ndim < 2 or not has_tokens(stream, mask):
+            return
+        norms = torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float64)
+        first = first_unmasked(mask)
+        rest = mask & ~first
+        self.first += float(norms[first].sum())
+        self.rest += float(norms[rest].sum())
+        self.firsts += int(first.sum())
+        self.others += int(rest.sum())
 
 
 @dataclass
@@ -60,6 +96,7 @@ class Table:
     selection: Selection
     rows: dict[RowKey, FullSize] = field(default_factory=dict)
     coverage: dict[tuple[int, Scope], CoverageSums] = field(default_factory=dict)
+    streams: dict[int, StreamSums] = field(default_factory=dict)
 
     def add(self, trace: Trace, mask: Tensor) -> None:
         """Add one batch of one stage."""
@@ -70,6 +107,8 @@ class Table:
         stage = trace.stage
         if stage.name != "block" or not self.selection.takes(stage):
             return
+        stream = self.streams.setdefault(stage.layer, StreamSums())
+        stream.add(trace.values[0.0][stage.output], mask)
         pairs = [(Scope.PROPAGATED, trace.values), (Scope.LOCAL, trace.local_values)]
         for scope, values in pairs:
             if values and {"attn_out", "mlp_out"} <= set(values[0.0]):
@@ -87,19 +126,20 @@ def _add_row(
     base = counted(values[0.0][site], mask)
     exact = counted(values[1.0][site], mask) - base
     zero = torch.zeros_like(exact)
-    row.tokens += len(base)
-    row.base.add(base)
-    row.first.add(exact, counted(tangents[0.0][site], mask) if tangents else zero)
+    scales = [s for s in (0.0, 0.5) if s in tangents]
+    slopes = tuple(counted(tangents[s][site], mask) for s in scales)
+    slopes = slopes if tangents else (zero, zero)
+    row.add(base, exact, slopes)
     if not math.isfinite(row.first.exact):
         raise UpdateError(
             f"With this update the activation at {site} is not finite: the tuned model "
             f"overflows {exact.dtype}. Use a smaller update (`update.scaled(t)`), or "
             "dtype=torch.float64."
         )
-    if 0.5 in tangents or not tangents:
-        row.midpoint.add(
-            exact, counted(tangents[0.5][site], mask) if tangents else zero
-        )
+    if mask.ndim > 1 and has_tokens(values[0.0][site], mask):
+        keep = ~first_unmasked(mask)[mask]
+        row.rest = row.rest or FullSize()
+        row.rest.add(base[keep], exact[keep], tuple(s[keep] for s in slopes))
 
 
 def _add_coverage(

@@ -1,0 +1,78 @@
+"""First positions, where attention sinks are: figures with and without them."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from equiv.report.naming import place
+from equiv.report.numbers import counted, percent, scale
+from equiv.report.values import Row, Scope
+from equiv.steering.fits.sinks import SINK
+
+if TYPE_CHECKING:
+    from equiv.report.report import Report
+
+# Remainders, with and without first positions, that differ by more than this share of
+# the larger are told apart even where there is no sink.
+DIFFERS = 0.1
+
+
+def first_positions(report: "Report") -> Iterator[str]:
+    """Whether there is a sink, and what the remainder is without first positions."""
+    if not report.first_positions:
+        return
+    largest = max(report.first_positions, key=lambda p: p.norm_first / p.norm_rest)
+    times = f"{scale(largest.norm_first / largest.norm_rest)} ×"
+    layers = [p.layer for p in report.first_positions if p.sink]
+    if layers:
+        yield (
+            f"There is an attention sink after {_named(layers)}: at the first position "
+            f"the stream is up to {times} as large as elsewhere. Fits leave that "
+            "position out there; remainders and radii do not."
+        )
+    else:
+        yield (
+            "There is no attention sink: at the first position the stream is at most "
+            f"{times} as large as elsewhere (a sink is more than {scale(SINK)} ×)."
+        )
+    row = max(told_apart(report), key=_base_change, default=None)
+    if row is not None and row.rest is not None and _base_change(row) > 0:
+        yield (
+            f"Without first positions the remainder changes most at "
+            f"{place(report, row)}: {percent(row.remainder)} of the shift with them, "
+            f"{percent(row.rest.remainder)} without."
+        )
+
+
+def told_apart(report: "Report") -> list[Row]:
+    """The rows to show with and without first positions; none where it is all one."""
+    rows = [r for r in report.rows if r.rest and r.scope is Scope.PROPAGATED]
+    sink = any(p.sink for p in report.first_positions)
+    return rows if sink or any(_change(r) > DIFFERS for r in rows) else []
+
+
+def _change(row: Row) -> float:
+    """The larger relative change of the two remainders."""
+    if row.rest is None:
+        return 0.0
+    pairs = (
+        (row.remainder, row.rest.remainder),
+        (row.remainder_midpoint, row.rest.remainder_midpoint),
+    )
+    return max(_apart(one, other) for one, other in pairs)
+
+
+def _base_change(row: Row) -> float:
+    """The relative change of the remainder from the base, which the sentence tells."""
+    return 0.0 if row.rest is None else _apart(row.remainder, row.rest.remainder)
+
+
+def _apart(one: float | None, other: float | None) -> float:
+    larger = max(one or 0.0, other or 0.0)
+    return abs((one or 0.0) - (other or 0.0)) / larger if larger else 0.0
+
+
+def _named(layers: Sequence[int]) -> str:
+    """Layers by number, or how many where they are many."""
+    if len(layers) > 4:
+        return f"{counted(len(layers), 'layer')} from {layers[0]} to {layers[-1]}"
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
