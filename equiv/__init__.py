@@ -7,6 +7,7 @@
 True
 """
 
+from equiv import kernels as kernels
 from equiv import theory as theory
 from equiv.behaviour.calibrating import calibrate as calibrate
 from equiv.behaviour.evaluating import Evaluation as Evaluation

@@ -1,0 +1,338 @@
+"""The public functions: arguments checked, brought to one shape, dispatched."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from equiv.arguments import as_choice
+from equiv.errors import ArgumentError
+from equiv.kernels import composite, operators
+from equiv.kernels.activations import ACTIVATIONS
+from equiv.kernels.differentiable import CandidateShifts, LowRank, VectorShift
+from equiv.kernels.rows import entries
+
+FUSED, REFERENCE = "fused", "reference"
+IMPLEMENTATIONS = (REFERENCE, FUSED)
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def implementation(h: Tensor, impl: str | None = None) -> str:
+    """Which implementation `impl` comes to for activations `h`.
+
+    `None` is "fused" on a CUDA device in the dtypes the kernels have (bfloat16,
+    float16, float32), else "reference". An explicit choice is kept, or refused.
+
+    Raises:
+        ArgumentError: If there is no such implementation, or no kernel for `h`.
+
+    Example:
+        >>> implementation(torch.zeros(2, 3))
+        'reference'
+    """
+    if impl is None:
+        fused = h.device.type == "cuda" and h.dtype in FUSED_DTYPES
+        return FUSED if fused else REFERENCE
+    as_choice("impl", impl, IMPLEMENTATIONS)
+    if impl == FUSED and h.dtype not in FUSED_DTYPES:
+        raise ArgumentError(
+            "Expected activations in bfloat16, float16 or float32 with impl='fused', "
+            f"got {h.dtype}; impl='reference' takes any."
+        )
+    return impl
+
+
+def vector_shift(
+    h: Tensor,
+    bank: Tensor,
+    index: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Add to each row of `h` its own vector of a bank: h + scale · bank[index].
+
+    Args:
+        h: Activations [*batch, d], bfloat16, float16, float32 or float64.
+        bank: Vectors [n, d], of any floating dtype.
+        index: Which vector each row gets, integers that broadcast to the leading axes
+            of `h`, such as [batch, 1] for one per sequence; −1 leaves a row as it is,
+            bit for bit. `None`: the only one of the bank. On a CUDA device its values
+            are not looked at; there a number beyond the bank counts as −1.
+        scale: Strength per row, broadcast likewise; `None` for 1.
+        impl: "reference", "fused", or `None` as `implementation` says.
+
+    Returns:
+        Of the shape and dtype of `h`; summed in at least float32, rounded once.
+
+    Raises:
+        ArgumentError: If shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> h, bank = torch.zeros(2, 2, 3), torch.tensor([[1.0, 1, 1], [2, 2, 2]])
+        >>> vector_shift(h, bank, torch.tensor([[1], [-1]]))[:, 0]
+        tensor([[2., 2., 2.],
+                [0., 0., 0.]])
+    """
+    fused = implementation(h, impl) == FUSED
+    rows, number, strength = _arguments(h, {"bank": bank}, bank, index, scale)
+    if rows.numel() == 0:
+        return h.clone()
+    if forward_mode():
+        out = composite.vector_shift(rows, bank, strength, number)
+    else:
+        out = VectorShift.apply(rows, bank.contiguous(), strength, number, fused)
+    return out.reshape(h.shape)
+
+
+def vector_shift_(
+    h: Tensor,
+    bank: Tensor,
+    index: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """`vector_shift` in place: rows that get none are neither read nor written.
+
+    Args:
+        h: Activations [*batch, d], contiguous.
+        bank: As there.
+        index: As there.
+        scale: As there.
+        impl: As there.
+
+    Returns:
+        `h` itself.
+
+    Raises:
+        ArgumentError: As there, and if `h` is not contiguous or a gradient is asked
+            for, which what was overwritten could not give.
+
+    Example:
+        >>> h = torch.zeros(3, 2)
+        >>> _ = vector_shift_(h, torch.ones(1, 2), torch.tensor([-1, 0, -1]))
+        >>> h.sum(1)
+        tensor([0., 2., 0.])
+    """
+    fused = implementation(h, impl) == FUSED
+    _check_in_place(h, bank, scale)
+    rows, number, strength = _arguments(h, {"bank": bank}, bank, index, scale)
+    if rows.numel():
+        operators.vector_shift_(rows, bank.contiguous(), strength, number, fused)
+    return h
+
+
+def low_rank_shift(
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    impl: str | None = None,
+) -> Tensor:
+    """Add to each row its own low-rank map: h + scale · upᵀ φ(down h + bias).
+
+    A LoReFT h + Rᵀ (W h + b − R h) is the one with φ the identity, down = W − R and
+    up = R; an affine or linear steer likewise.
+
+    Args:
+        h: Activations [*batch, d], bfloat16, float16, float32 or float64.
+        down: What each steer reads with, [n, r, d].
+        up: What each steer writes with, transposed: [n, r, d]. Smaller ranks are
+            filled with zeros (`stack_ranks`).
+        bias: Of each steer, inside the activation, [n, r].
+        index: Which steer each row gets, integers that broadcast to the leading axes
+            of `h`; −1 for none. As of `vector_shift`.
+        scale: Strength per row, broadcast likewise; `None` for 1.
+        activation: φ: "identity", "silu", "gelu", "gelu_tanh", "relu" or "tanh".
+        impl: "reference", "fused", or `None` as `implementation` says.
+
+    Returns:
+        Of the shape and dtype of `h`; summed in at least float32, rounded once.
+
+    Raises:
+        ArgumentError: If shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> h, down = torch.tensor([[3.0, 5.0], [3.0, 5.0]]), torch.eye(2)[None, :1]
+        >>> index, none = torch.tensor([0, -1]), torch.zeros(1, 1)
+        >>> low_rank_shift(h, down, down, none, index, activation="identity")
+        tensor([[6., 5.],
+                [3., 5.]])
+    """
+    fused = implementation(h, impl) == FUSED
+    as_choice("activation", activation, tuple(ACTIVATIONS))
+    parts = {"down": down, "up": up} | ({} if bias is None else {"bias": bias})
+    rows, number, strength = _arguments(h, parts, down, index, scale)
+    if rows.numel() == 0:
+        return h.clone()
+    if forward_mode():
+        out = composite.low_rank(
+            rows, None, down, up, bias, strength, number, activation
+        )
+        return out.reshape(h.shape)
+    bias = None if bias is None else bias.contiguous()
+    # Dynamo takes no tensor twice, as `down` and `up` of a projection would be.
+    own_up = up.view_as(up) if up is down else up
+    bank = (down.contiguous(), own_up.contiguous(), bias)
+    out, _ = LowRank.apply(rows, None, *bank, strength, number, activation, fused)
+    return out.reshape(h.shape)
+
+
+def low_rank_shift_(
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    impl: str | None = None,
+) -> Tensor:
+    """`low_rank_shift` in place: rows that get none are neither read nor written.
+
+    Args:
+        h: Activations [*batch, d], contiguous.
+        down: As there.
+        up: As there.
+        bias: As there.
+        index: As there.
+        scale: As there.
+        activation: As there.
+        impl: As there.
+
+    Returns:
+        `h` itself.
+
+    Raises:
+        ArgumentError: As there, and if `h` is not contiguous or a gradient is asked
+            for.
+
+    Example:
+        >>> h, one = torch.tensor([[3.0, 5.0]]), torch.eye(2)[None, :1]
+        >>> low_rank_shift_(h, one, one, activation="relu")
+        tensor([[6., 5.]])
+    """
+    fused = implementation(h, impl) == FUSED
+    as_choice("activation", activation, tuple(ACTIVATIONS))
+    _check_in_place(h, down, up, bias, scale)
+    parts = {"down": down, "up": up} | ({} if bias is None else {"bias": bias})
+    rows, number, strength = _arguments(h, parts, down, index, scale)
+    if rows.numel():
+        bias = None if bias is None else bias.contiguous()
+        bank = (down.contiguous(), up.contiguous(), bias)
+        operators.low_rank_(rows, *bank, strength, number, activation, fused)
+    return h
+
+
+def candidate_shifts(
+    h: Tensor, bank: Tensor, scale: Tensor | None = None, *, impl: str | None = None
+) -> Tensor:
+    """Add every vector of a bank to one activation: h + scale[k] · bank[k] for each k.
+
+    Args:
+        h: Activations [*batch, d].
+        bank: Candidates [n, d].
+        scale: Their strengths [n]; `None` for 1.
+        impl: "reference", "fused", or `None` as `implementation` says.
+
+    Returns:
+        [n, *batch, d] in the dtype of `h`, which is read once for all of them.
+
+    Raises:
+        ArgumentError: If shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> h, bank = torch.zeros(4, 3), torch.ones(2, 3)
+        >>> candidate_shifts(h, bank, torch.tensor([1.0, 5.0]))[:, 0, 0]
+        tensor([1., 5.])
+    """
+    fused = implementation(h, impl) == FUSED
+    _check_parts(h, {"bank": bank})
+    if scale is not None and scale.shape != bank.shape[:1]:
+        raise ArgumentError(
+            f"Expected `scale` of shape ({bank.shape[0]},), got {tuple(scale.shape)}."
+        )
+    rows = h.reshape(-1, h.shape[-1]).contiguous()
+    if forward_mode():
+        out = composite.candidate_shifts(rows, bank, scale)
+    else:
+        out = CandidateShifts.apply(rows, bank.contiguous(), scale, fused)
+    return out.reshape(bank.shape[0], *h.shape)
+
+
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken, of anything."""
+    return forward_ad._current_level >= 0
+
+
+def _arguments(
+    h: Tensor,
+    parts: Mapping[str, Tensor],
+    bank: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows [rows, d], index [entries], scale [entries]."""
+    _check_parts(h, parts)
+    leading = tuple(h.shape[:-1])
+    if index is None and bank.shape[0] != 1:
+        raise ArgumentError(
+            f"Expected `index` with a bank of {bank.shape[0]} steers: which of them "
+            "each row gets."
+        )
+    if index is None:
+        index = torch.zeros((), dtype=torch.long, device=h.device)
+    for name, value in (("index", index), ("scale", scale)):
+        if value is not None and value.device != h.device:
+            raise ArgumentError(
+                f"Expected `{name}` on {h.device}, where `h` is, got {value.device}."
+            )
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ArgumentError(f"Expected `index` of integers, got {index.dtype}.")
+    number = entries("index", index, leading)
+    strength = None if scale is None else entries("scale", scale, leading)
+    return h.reshape(-1, h.shape[-1]).contiguous(), number, strength
+
+
+def _check_parts(h: Tensor, parts: Mapping[str, Tensor]) -> None:
+    """Shapes, dtypes and devices of a bank."""
+    if h.ndim < 1 or not h.is_floating_point():
+        raise ArgumentError(
+            "Expected activations [*batch, d] of a floating dtype, got "
+            f"{tuple(h.shape)} of {h.dtype}."
+        )
+    d, first = h.shape[-1], next(iter(parts.values()))
+    n, r = first.shape[0] if first.ndim else 0, first.shape[1] if first.ndim > 1 else 0
+    shapes = {"bank": (n, d), "down": (n, r, d), "up": (n, r, d), "bias": (n, r)}
+    for name, part in parts.items():
+        if tuple(part.shape) != shapes[name] or n == 0:
+            wanted = {"bank": "[n, d]", "bias": "[n, r]"}.get(name, "[n, r, d]")
+            raise ArgumentError(
+                f"Expected `{name}` of shape {wanted}, n ≥ 1, with d = {d}"
+                f"{f', n = {n} and r = {r}' if 'down' in parts else ''}, got "
+                f"{tuple(part.shape)}."
+            )
+        if part.device != h.device or not part.is_floating_point():
+            raise ArgumentError(
+                f"Expected `{name}` of a floating dtype on {h.device}, where `h` is, "
+                f"got {part.dtype} on {part.device}."
+            )
+
+
+def _check_in_place(h: Tensor, *parts: Tensor | None) -> None:
+    if not h.is_contiguous():
+        raise ArgumentError("Expected contiguous activations to shift in place.")
+    asked = [h, *(part for part in parts if part is not None)]
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in asked)
+    if graded or forward_mode():
+        raise ArgumentError(
+            "Shifting in place has no derivative: use it without gradients, or the "
+            "function that returns its result."
+        )
