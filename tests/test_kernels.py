@@ -293,6 +293,57 @@ def test_mixed_ranks_in_one_bank(impl: str) -> None:
             assert bool((off <= bound(alone)).all())
 
 
+@each_implementation
+def test_a_steer_may_read_another_activation(impl: str) -> None:
+    """One of another width, against float64; the rest as where both are one."""
+    source = torch.Generator().manual_seed(0)
+    for dtype in DTYPES:
+        h, x = (torch.randn(20, d, generator=source).to(dtype) for d in (24, 50))
+        down, up = (
+            torch.randn(3, 4, d, generator=source).to(dtype) / d**0.5 for d in (50, 24)
+        )
+        index = torch.arange(20) % 4 - 1
+        found = kernels.low_rank_shift(
+            h, down, up, None, index, read=x, activation="tanh", impl=impl
+        )
+        z = torch.einsum("td,trd->tr", x.double(), down[index].double())
+        shift = torch.einsum("tr,tre->te", torch.tanh(z), up[index].double())
+        exact_ = h.double() + torch.where(index[:, None] < 0, 0, shift)
+        # Half a unit of the result, and some tens of float32's.
+        u = torch.finfo(dtype).eps / 2 + 100 * torch.finfo(torch.float32).eps
+        size = h.double().abs() + shift.abs() + 1
+        assert bool(((found.double() - exact_).abs() <= u * size).all())
+        assert same_bits(found[index < 0], h[index < 0])
+    with pytest.raises(ArgumentError, match="`read` like `h` but for its last axis"):
+        kernels.low_rank_shift(h, down, up, None, index, read=x[:3], impl=impl)
+
+
+@each_implementation
+def test_autocast_stays_out(impl: str) -> None:
+    """Forward and backward, in the reference's products and the composite's."""
+    source = torch.Generator().manual_seed(0)
+    h, (down, up) = (
+        torch.randn(9, 32, generator=source),
+        torch.randn(2, 1, 4, 32, generator=source),
+    )
+    h.requires_grad_()
+
+    def both() -> tuple[Tensor, ...]:
+        out = kernels.low_rank_shift(h, down, up, impl=impl)
+        one = torch.ones_like(h.detach())
+        tangent = torch.func.jvp(
+            lambda h: kernels.low_rank_shift(h, down, up, impl=impl),
+            (h.detach(),),
+            (one,),
+        )[1]
+        return out, tangent, torch.autograd.grad(out.sum(), h)[0]
+
+    expected = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = both()
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_empty_batches_stay_empty() -> None:
     h, bank = torch.zeros(0, 3, 8), torch.ones(1, 8)
     assert kernels.vector_shift(h, bank).shape == h.shape

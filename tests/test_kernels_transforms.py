@@ -74,6 +74,25 @@ def low_rank(impl: str, activation: str = "silu") -> World:
     return World(function, truth, (tensors[0], *(0.4 * t for t in tensors[1:])), impl)
 
 
+def elsewhere(impl: str) -> World:
+    """A map that reads another activation than it writes, of another width."""
+
+    def function(h: Tensor, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+        return kernels.low_rank_shift(
+            h, down, up, None, INDEX, read=x, activation="tanh", impl=impl
+        )
+
+    def truth(h: Tensor, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+        rows = [
+            h[t] if i < 0 else h[t] + torch.tanh(down[i] @ x[t]) @ up[i]
+            for t, i in enumerate(INDEX.tolist())
+        ]
+        return torch.stack(rows)
+
+    tensors = drawn((ROWS, D), (N, R, 13), (N, R, D), (ROWS, 13), impl=impl)
+    return World(function, truth, (tensors[0], *(0.4 * t for t in tensors[1:])), impl)
+
+
 def vector(impl: str) -> World:
     def function(h: Tensor, bank: Tensor, s: Tensor) -> Tensor:
         return kernels.vector_shift(h, bank, INDEX, s, impl=impl).sin()
@@ -110,11 +129,15 @@ def drawn(*shapes: tuple[int, ...], impl: str, seed: int = 3) -> tuple[Tensor, .
 IMPLEMENTATIONS = ("reference", "fused")
 worlds = pytest.mark.parametrize(
     "world",
-    [make(impl) for impl in IMPLEMENTATIONS for make in (low_rank, vector, candidates)],
+    [
+        make(impl)
+        for impl in IMPLEMENTATIONS
+        for make in (low_rank, elsewhere, vector, candidates)
+    ],
     ids=[
         f"{n}-{i}"
         for i in IMPLEMENTATIONS
-        for n in ("low rank", "vector", "candidates")
+        for n in ("low rank", "elsewhere", "vector", "candidates")
     ],
 )
 

@@ -1,17 +1,15 @@
 """The public functions: arguments checked, brought to one shape, dispatched."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from equiv.arguments import as_choice
 from equiv.errors import ArgumentError
 from equiv.kernels import composite, operators
 from equiv.kernels.activations import ACTIVATIONS
+from equiv.kernels.checks import arguments, check_in_place, check_parts, forward_mode
 from equiv.kernels.differentiable import CandidateShifts, LowRank, VectorShift
-from equiv.kernels.rows import entries
+from equiv.kernels.rows import uncast
 
 FUSED, REFERENCE = "fused", "reference"
 IMPLEMENTATIONS = (REFERENCE, FUSED)
@@ -76,13 +74,14 @@ def vector_shift(
                 [0., 0., 0.]])
     """
     fused = implementation(h, impl) == FUSED
-    rows, number, strength = _arguments(h, {"bank": bank}, bank, index, scale)
+    rows, number, strength = arguments(h, {"bank": bank}, bank, index, scale)
     if rows.numel() == 0:
         return h.clone()
-    if forward_mode():
-        out = composite.vector_shift(rows, bank, strength, number)
-    else:
-        out = VectorShift.apply(rows, bank.contiguous(), strength, number, fused)
+    with uncast(h):
+        if forward_mode():
+            out = composite.vector_shift(rows, bank, strength, number)
+        else:
+            out = VectorShift.apply(rows, bank.contiguous(), strength, number, fused)
     return out.reshape(h.shape)
 
 
@@ -117,10 +116,11 @@ def vector_shift_(
         tensor([0., 2., 0.])
     """
     fused = implementation(h, impl) == FUSED
-    _check_in_place(h, bank, scale)
-    rows, number, strength = _arguments(h, {"bank": bank}, bank, index, scale)
+    check_in_place(h, bank, scale)
+    rows, number, strength = arguments(h, {"bank": bank}, bank, index, scale)
     if rows.numel():
-        operators.vector_shift_(rows, bank.contiguous(), strength, number, fused)
+        with uncast(h):
+            operators.vector_shift_(rows, bank.contiguous(), strength, number, fused)
     return h
 
 
@@ -132,6 +132,7 @@ def low_rank_shift(
     index: Tensor | None = None,
     scale: Tensor | None = None,
     *,
+    read: Tensor | None = None,
     activation: str = "silu",
     impl: str | None = None,
 ) -> Tensor:
@@ -149,6 +150,7 @@ def low_rank_shift(
         index: Which steer each row gets, integers that broadcast to the leading axes
             of `h`; −1 for none. As of `vector_shift`.
         scale: Strength per row, broadcast likewise; `None` for 1.
+        read: What the map reads in place of `h`, [*batch, e]; `down` is [n, r, e] then.
         activation: φ: "identity", "silu", "gelu", "gelu_tanh", "relu" or "tanh".
         impl: "reference", "fused", or `None` as `implementation` says.
 
@@ -168,19 +170,31 @@ def low_rank_shift(
     fused = implementation(h, impl) == FUSED
     as_choice("activation", activation, tuple(ACTIVATIONS))
     parts = {"down": down, "up": up} | ({} if bias is None else {"bias": bias})
-    rows, number, strength = _arguments(h, parts, down, index, scale)
+    rows, number, strength = arguments(h, parts, down, index, scale, read)
     if rows.numel() == 0:
         return h.clone()
-    if forward_mode():
-        out = composite.low_rank(
-            rows, None, down, up, bias, strength, number, activation
-        )
-        return out.reshape(h.shape)
-    bias = None if bias is None else bias.contiguous()
-    # Dynamo takes no tensor twice, as `down` and `up` of a projection would be.
-    own_up = up.view_as(up) if up is down else up
-    bank = (down.contiguous(), own_up.contiguous(), bias)
-    out, _ = LowRank.apply(rows, None, *bank, strength, number, activation, fused)
+    base = None if read is None else rows
+    rows = rows if read is None else read.reshape(-1, read.shape[-1]).contiguous()
+    with uncast(h):
+        if forward_mode():
+            out = composite.low_rank(
+                rows, base, down, up, bias, strength, number, activation
+            )
+        else:
+            bias = None if bias is None else bias.contiguous()
+            # Dynamo takes no tensor twice, as `down` and `up` of a projection would be.
+            up = (up.view_as(up) if up is down else up).contiguous()
+            out, _ = LowRank.apply(
+                rows,
+                base,
+                down.contiguous(),
+                up,
+                bias,
+                strength,
+                number,
+                activation,
+                fused,
+            )
     return out.reshape(h.shape)
 
 
@@ -221,13 +235,14 @@ def low_rank_shift_(
     """
     fused = implementation(h, impl) == FUSED
     as_choice("activation", activation, tuple(ACTIVATIONS))
-    _check_in_place(h, down, up, bias, scale)
+    check_in_place(h, down, up, bias, scale)
     parts = {"down": down, "up": up} | ({} if bias is None else {"bias": bias})
-    rows, number, strength = _arguments(h, parts, down, index, scale)
+    rows, number, strength = arguments(h, parts, down, index, scale)
     if rows.numel():
         bias = None if bias is None else bias.contiguous()
         bank = (down.contiguous(), up.contiguous(), bias)
-        operators.low_rank_(rows, *bank, strength, number, activation, fused)
+        with uncast(h):
+            operators.low_rank_(rows, *bank, strength, number, activation, fused)
     return h
 
 
@@ -254,85 +269,15 @@ def candidate_shifts(
         tensor([1., 5.])
     """
     fused = implementation(h, impl) == FUSED
-    _check_parts(h, {"bank": bank})
+    check_parts(h, {"bank": bank})
     if scale is not None and scale.shape != bank.shape[:1]:
         raise ArgumentError(
             f"Expected `scale` of shape ({bank.shape[0]},), got {tuple(scale.shape)}."
         )
     rows = h.reshape(-1, h.shape[-1]).contiguous()
-    if forward_mode():
-        out = composite.candidate_shifts(rows, bank, scale)
-    else:
-        out = CandidateShifts.apply(rows, bank.contiguous(), scale, fused)
+    with uncast(h):
+        if forward_mode():
+            out = composite.candidate_shifts(rows, bank, scale)
+        else:
+            out = CandidateShifts.apply(rows, bank.contiguous(), scale, fused)
     return out.reshape(bank.shape[0], *h.shape)
-
-
-def forward_mode() -> bool:
-    """Whether a forward-mode derivative is being taken, of anything."""
-    return forward_ad._current_level >= 0
-
-
-def _arguments(
-    h: Tensor,
-    parts: Mapping[str, Tensor],
-    bank: Tensor,
-    index: Tensor | None,
-    scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows [rows, d], index [entries], scale [entries]."""
-    _check_parts(h, parts)
-    leading = tuple(h.shape[:-1])
-    if index is None and bank.shape[0] != 1:
-        raise ArgumentError(
-            f"Expected `index` with a bank of {bank.shape[0]} steers: which of them "
-            "each row gets."
-        )
-    if index is None:
-        index = torch.zeros((), dtype=torch.long, device=h.device)
-    for name, value in (("index", index), ("scale", scale)):
-        if value is not None and value.device != h.device:
-            raise ArgumentError(
-                f"Expected `{name}` on {h.device}, where `h` is, got {value.device}."
-            )
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise ArgumentError(f"Expected `index` of integers, got {index.dtype}.")
-    number = entries("index", index, leading)
-    strength = None if scale is None else entries("scale", scale, leading)
-    return h.reshape(-1, h.shape[-1]).contiguous(), number, strength
-
-
-def _check_parts(h: Tensor, parts: Mapping[str, Tensor]) -> None:
-    """Shapes, dtypes and devices of a bank."""
-    if h.ndim < 1 or not h.is_floating_point():
-        raise ArgumentError(
-            "Expected activations [*batch, d] of a floating dtype, got "
-            f"{tuple(h.shape)} of {h.dtype}."
-        )
-    d, first = h.shape[-1], next(iter(parts.values()))
-    n, r = first.shape[0] if first.ndim else 0, first.shape[1] if first.ndim > 1 else 0
-    shapes = {"bank": (n, d), "down": (n, r, d), "up": (n, r, d), "bias": (n, r)}
-    for name, part in parts.items():
-        if tuple(part.shape) != shapes[name] or n == 0:
-            wanted = {"bank": "[n, d]", "bias": "[n, r]"}.get(name, "[n, r, d]")
-            raise ArgumentError(
-                f"Expected `{name}` of shape {wanted}, n ≥ 1, with d = {d}"
-                f"{f', n = {n} and r = {r}' if 'down' in parts else ''}, got "
-                f"{tuple(part.shape)}."
-            )
-        if part.device != h.device or not part.is_floating_point():
-            raise ArgumentError(
-                f"Expected `{name}` of a floating dtype on {h.device}, where `h` is, "
-                f"got {part.dtype} on {part.device}."
-            )
-
-
-def _check_in_place(h: Tensor, *parts: Tensor | None) -> None:
-    if not h.is_contiguous():
-        raise ArgumentError("Expected contiguous activations to shift in place.")
-    asked = [h, *(part for part in parts if part is not None)]
-    graded = torch.is_grad_enabled() and any(t.requires_grad for t in asked)
-    if graded or forward_mode():
-        raise ArgumentError(
-            "Shifting in place has no derivative: use it without gradients, or the "
-            "function that returns its result."
-        )

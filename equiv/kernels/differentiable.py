@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from equiv.kernels import composite, operators
 from equiv.kernels.activations import ACTIVATIONS, SLOPES
-from equiv.kernels.rows import spread
+from equiv.kernels.rows import spread, uncast
 
 Grads = tuple[Tensor | None, ...]
 
@@ -112,22 +112,8 @@ class LowRank(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> Grads:  # pyright: ignore
         """Gradients of x, base, down, up, bias and scale."""
-        *own, index, z = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            given = _through(composite.low_rank, own, (index, ctx.activation), g)
-            return (*given, None, None, None)
-        x, base, down, up, bias, scale = own
-        g = g.contiguous()
-        dx, d_base = None, None if base is None else g
-        if ctx.needs_input_grad[0]:
-            through = g if base is None else None
-            dx = operators.low_rank_linear(
-                g, through, up, down, scale, index, z, ctx.activation, ctx.fused
-            )
-        rest: Grads = (None,) * 4
-        if any(ctx.needs_input_grad[2:6]):
-            rest = _of_bank(x, down, up, bias, scale, index, z, ctx.activation, g)
-        return (dx, d_base, *rest, None, None, None)
+        with uncast(g):
+            return (*_low_rank_gradients(ctx, g.contiguous()), None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -209,6 +195,24 @@ def _through(
 
     found = iter(torch.func.vjp(call, *given)[1](g))
     return tuple(None if t is None else next(found) for t in tensors)
+
+
+def _low_rank_gradients(ctx: Any, g: Tensor) -> Grads:
+    """Of x, base, down, up, bias and scale."""
+    *own, index, z = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _through(composite.low_rank, own, (index, ctx.activation), g)
+    x, base, down, up, bias, scale = own
+    dx, d_base = None, None if base is None else g
+    if ctx.needs_input_grad[0]:
+        through = g if base is None else None
+        dx = operators.low_rank_linear(
+            g, through, up, down, scale, index, z, ctx.activation, ctx.fused
+        )
+    rest: Grads = (None,) * 4
+    if any(ctx.needs_input_grad[2:6]):
+        rest = _of_bank(x, down, up, bias, scale, index, z, ctx.activation, g)
+    return (dx, d_base, *rest)
 
 
 def _of_bank(

@@ -6,6 +6,7 @@ index per sequence has 3200 rows and 32 entries, and nobody writes the index out
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,14 @@ TILE = 32
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What is computed in: at least float32."""
     return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def uncast(h: Tensor) -> AbstractContextManager[object]:
+    """Autocast, if it is on, stays out of what is computed in here."""
+    kind = h.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def entries(name: str, value: Tensor, leading: tuple[int, ...]) -> Tensor:

@@ -41,6 +41,10 @@ def steer(
     cache, and compiled models are steered as well. Nothing is left on the model
     afterwards, also when an exception is raised inside.
 
+    With `index`, the steers of one form that write one site are stacked: hundreds of
+    vectors, or of affine maps, LoReFTs and low-rank MLPs of whatever ranks, cost one
+    pass over the activation (`equiv.kernels`).
+
     Positions are words: "all", "prompt", "generated", "last", "first N", "last N", or a
     sum such as "first 2 + generated". They count the prompt's tokens without padding,
     which the attention mask tells. The prompt is what `generate` is given, or a forward

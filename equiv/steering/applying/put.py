@@ -11,8 +11,9 @@ from equiv.model.calls import Note, note_calls
 from equiv.model.families import Blocks
 from equiv.model.hooks import Combine, Writes, ahead_of_recorders, hook_on
 from equiv.model.sites import FLOW, Place, Site, Sites, check_flow
+from equiv.steering.applying.bank import StackedBank
 from equiv.steering.applying.placed import Placed
-from equiv.steering.applying.rows import steered, steered_rows
+from equiv.steering.applying.rows import steered
 from equiv.steering.applying.tokens import Tokens
 
 # Site that is written → number of the steer → site that is read → steer.
@@ -61,7 +62,9 @@ def put_on(
         if blocks is not None:
             check_flow(Site(write, read=read))
     _prepare(places, banks)
-    combine = {site: _combine(bank, tokens) for site, bank in banks.items()}
+    combine = {
+        site: _combine(bank, tokens, places[site]) for site, bank in banks.items()
+    }
     if not middle and all(read == write for read, write in pairs):
         for site, place in places.items():
             _hook(stack, place, _alone(site, combine[site]))
@@ -121,16 +124,21 @@ def _hook(stack: ExitStack, place: Place, change: Callable[[Tensor], Tensor]) ->
 
 
 def _combine(
-    bank: Mapping[int, Mapping[str, Placed]], tokens: Tokens | None
+    bank: Mapping[int, Mapping[str, Placed]], tokens: Tokens | None, place: Place
 ) -> Combine:
     """What is done where a bank's steers write."""
     if tokens is None:
         (steers,) = bank.values()
         return lambda h, seen: steered(h, seen, steers)
 
+    stacked = StackedBank(bank)
+    own = [p for p in place.module.parameters() if p.is_floating_point()]
+    if own:
+        stacked.prepare(own[0].device, own[0].dtype)
+
     def combine(h: Tensor, seen: Sites) -> Tensor:
-        own, index = tokens.own(bank, h)
-        return steered_rows(h, seen, own, index)
+        used, index = tokens.now(h)
+        return stacked.steered(h, seen, used, index)
 
     return combine
 

@@ -10,8 +10,8 @@ read, by site. A steer's forms are summed: h + Σ shift(x), x = seen[read].
   batch, never on what steers its neighbours: every steer of the bank is computed for
   all rows, in one shape.
 
-The last point costs as many shifts as the bank has steers. Faster implementations
-compute the same function from fewer.
+The last point costs as many shifts as the bank has steers. `bank` computes the same
+function from one pass per form.
 """
 
 from collections.abc import Callable, Mapping

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from equiv.errors import ArgumentError
 from equiv.model.calls import Note, note_calls
 from equiv.steering.applying.forwards import Chosen, Forward, Generation
-from equiv.steering.applying.rows import Bank
 
 
 class Tokens:
@@ -90,8 +89,8 @@ class Tokens:
         """The forward is over."""
         self._now = None
 
-    def own(self, bank: Bank, h: Tensor) -> tuple[Bank, Tensor]:
-        """The part of a bank that this forward uses, and the index for `h`.
+    def now(self, h: Tensor) -> tuple[list[int], Tensor]:
+        """The steers that this forward uses, and the index for `h`: one of them or −1.
 
         Raises:
             ArgumentError: If the rows or tokens of `h` are others.
@@ -107,7 +106,7 @@ class Tokens:
                 f"Expected activations of shape {tuple(index.shape)} × features, as "
                 f"`positions` and `index` have it, got {tuple(h.shape)}."
             )
-        return {n: bank[n] for n in used if n in bank}, index.to(h.device)
+        return used, index.to(h.device)
 
 
 def numbered(
@@ -127,8 +126,13 @@ def numbered(
                 [ 0,  0]])
     """
     shaped = [mask for mask in masks if isinstance(mask, Tensor)]
-    if not shaped:  # numbers that are not used are not in the bank either
-        return torch.tensor(0 if used else -1) if rows is None else rows
+    if not shaped and rows is None:
+        return torch.tensor(0 if used else -1)
+    if not shaped and rows is not None:
+        left = sorted(set(range(len(masks))) - set(used))
+        for number in left:  # most often none: then the rows are as they came
+            rows = torch.where(rows == number, -1, rows)
+        return rows
     first = shaped[0]
     own = torch.tensor([0]) if rows is None else rows
     own = own.to(first.device).reshape(-1, *[1] * (first.ndim - 1))
