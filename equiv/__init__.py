@@ -46,6 +46,7 @@ from equiv.shift.activations import Shift as Shift
 from equiv.shift.activations import shifts as shifts
 from equiv.steering import formats as formats
 from equiv.steering.applying.apply import steer as steer
+from equiv.steering.applying.sweeping import sweep as sweep
 from equiv.steering.files.saving import load as load
 from equiv.steering.files.saving import save as save
 from equiv.steering.fits.fitting import fit as fit

@@ -46,6 +46,7 @@ PUBLIC = (
     "reach",
     "Reach",
     "steer",
+    "sweep",
     "save",
     "load",
     "to_weights",

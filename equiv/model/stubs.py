@@ -52,10 +52,10 @@ def stubs(
                 _check_handed(blocks, index, hidden, handed)
                 record[index] = (args, kwargs)
             if index < last:
-                return _as_returned(hidden, known.returns)
+                return as_returned(hidden, known.returns)
             if enter is None:
                 raise ReachedBlocks(hidden, memory)
-            return _as_returned(enter, known.returns)
+            return as_returned(enter, known.returns)
 
         return forward
 
@@ -75,7 +75,7 @@ def _taken(
     return rest.pop("hidden_states"), (), rest
 
 
-def _as_returned(hidden: Tensor, entries: int) -> object:
+def as_returned(hidden: Tensor, entries: int) -> object:
     """What a block returns: a tensor, or a tuple that starts with it."""
     return (hidden, *[None] * (entries - 1)) if entries else hidden
 

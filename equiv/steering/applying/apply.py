@@ -88,7 +88,7 @@ def steer(
     layers = [by_layer(member) for member in members]
     chosen = [_chosen(member, positions) for member in members]
     rows = None if index is None else _rows(index, len(members))
-    inner = _inside(model)
+    inner = inside(model)
     blocks = find_blocks(inner)
     banks = _banks(layers)
     told = rows is not None or not _everything(chosen[0])
@@ -228,7 +228,7 @@ def _backbone(model: nn.Module, blocks: Blocks) -> nn.Module:
     return model.get_submodule(path.rstrip("."))
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def inside(model: nn.Module) -> nn.Module:
     """The model itself, out of the wrappers of `torch.compile` and PEFT."""
     while True:
         if isinstance(found := getattr(model, "_orig_mod", None), nn.Module):
