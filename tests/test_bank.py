@@ -113,8 +113,7 @@ def test_a_stacked_bank_is_the_specified_one(
     forms = {number: drawn(number, d, stored) for number in numbers}
     index = torch.randint(len(numbers) + 2, (6, 3)[: 1 + per_token], generator=source)
     index = torch.tensor([-1, 61, *numbers])[index]
-    bank = StackedBank({**placed(forms), 61: {}})
-    bank.rest.pop(61, None)
+    bank = StackedBank(placed(forms), 62)
     used = [*numbers, 61]
     found = bank.steered(h, {"x": x}, used, index)
     expected = steered_rows(h, {"x": x}, placed(forms), index)

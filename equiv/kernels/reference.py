@@ -17,8 +17,8 @@ from equiv.errors import ArgumentError
 from equiv.kernels.activations import ACTIVATIONS, SLOPES
 from equiv.kernels.rows import TILE, grouped, spread, wide
 
-# Numbers of one chunk of rows of an elementwise shift: half a megabyte in float32.
-_CHUNK = 2**17
+# Numbers of one chunk of rows of an elementwise shift: one megabyte in float32.
+_CHUNK = 2**18
 # Entries of fewer rows are taken row by row, of more one after the other.
 _FEW = 8
 
@@ -33,50 +33,42 @@ def vector_shift(
     rows, d = h.shape
     chunk, each = max(1, _CHUNK // d), rows // len(index)
     strength = None if scale is None else spread(scale, rows)
-    numbers = spread(index, rows) if each < _FEW else index
-    for start in range(0, rows, chunk if each < _FEW else each):
-        if each < _FEW:
-            number = numbers[start : start + chunk]
-            _shift_rows(h, bank, strength, number, start, out)
-            continue
-        one = int(numbers[start // each])
-        for first in range(start, start + each, chunk):
-            at = slice(first, min(first + chunk, start + each))
-            if one >= 0:
-                out[at] = _shifted(h, bank[one], strength, at)
-            elif out is not h:
-                out[at] = h[at]
-
-
-def _shift_rows(
-    h: Tensor,
-    bank: Tensor,
-    strength: Tensor | None,
-    number: Tensor,
-    start: int,
-    out: Tensor,
-) -> None:
-    """A chunk of rows that begins at `start`, each with its own steer."""
-    live = torch.nonzero(number >= 0)[:, 0]
-    at = slice(start, start + len(number))
-    if len(live) == len(number):
-        out[at] = _shifted(h, bank[number.long()], strength, at)
+    full = spread(index, rows)
+    if out is h:
+        live = torch.nonzero(full >= 0)[:, 0]
+        for at in live.split(chunk):
+            v = _vectors(bank, full[at], strength, at, h.dtype)
+            out.index_copy_(0, at, v.add_(h[at]).to(h.dtype))
         return
-    if out is not h:
-        out[at] = h[at]
-    if len(live):
-        picked = live + start
-        out[picked] = _shifted(h, bank[number[live].long()], strength, picked)
+    step = chunk if each < _FEW else each
+    for start in range(0, rows, step):
+        for first in range(start, min(start + step, rows), chunk):
+            at = slice(first, min(first + chunk, start + step, rows))
+            number = full[at] if each < _FEW else full[first : first + 1]
+            _add_to(h[at], _vectors(bank, number, strength, at, h.dtype), out[at])
+    none = torch.nonzero(full < 0)[:, 0]
+    for at in none.split(chunk):
+        out.index_copy_(0, at, h[at])
 
 
-def _shifted(
-    h: Tensor, v: Tensor, strength: Tensor | None, at: slice | Tensor
+def _vectors(
+    bank: Tensor,
+    number: Tensor,
+    strength: Tensor | None,
+    at: slice | Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    to = wide(h.dtype)
-    v = v.to(to)
-    if strength is not None:
-        v = v * strength[at][:, None].to(to)
-    return (h[at].to(to) + v).to(h.dtype)
+    """Scale · bank[number], new, [rows, d]; of one number maybe [1, d]."""
+    v = bank.index_select(0, number.clamp_min(0)).to(wide(dtype))
+    return v if strength is None else v * strength[at][:, None].to(v.dtype)
+
+
+def _add_to(h: Tensor, v: Tensor, out: Tensor) -> None:
+    """Out = h + v, in the dtype of v, and rounded once."""
+    if h.dtype == v.dtype:
+        torch.add(h, v, out=out)
+    else:
+        out.copy_(h.to(v.dtype).add_(v))
 
 
 def low_rank(
@@ -134,10 +126,17 @@ def low_rank(
             a = found * _even(SLOPES[activation](gate[at]), TILE)
         if strength is not None:
             a[:count] *= strength[at][:, None]
-        total = (a @ weights[1])[:count, :e]
-        if base is not None:
-            total += base[at]
-        out[at] = total.to(out.dtype)
+        if base is not None and isinstance(at, slice) and _whole(base[at], weights[1]):
+            torch.addmm(base[at], a, weights[1], out=out[at])
+            continue
+        first = None if base is None else _even(base[at].to(to), TILE)
+        total = a @ weights[1] if first is None else torch.addmm(first, a, weights[1])
+        out[at] = total[:count, :e].to(out.dtype)
+
+
+def _whole(base: Tensor, up: Tensor) -> bool:
+    """Whether a product is added to these rows as they are."""
+    return base.dtype == up.dtype and base.shape == (TILE, up.shape[1])
 
 
 def _even(matrix: Tensor, rows: int = 0) -> Tensor:
@@ -165,14 +164,17 @@ def candidate_shifts(
     """Out [n, rows, d] = h + scale[k] · bank[k]: a chunk of h is read once for all."""
     if not h.numel():
         return
-    to, chunk = wide(h.dtype), max(1, _CHUNK // h.shape[1])
-    v = bank.to(to)
+    chunk, v = max(1, _CHUNK // h.shape[1]), bank.to(wide(h.dtype))
     if scale is not None:
-        v = v * scale[:, None].to(to)
+        v = v * scale[:, None].to(v.dtype)
     for first in range(0, h.shape[0], chunk):
-        part = h[first : first + chunk].to(to)
+        part = h[first : first + chunk].to(v.dtype)
         for number in range(len(v)):
-            out[number, first : first + chunk] = part + v[number]
+            to = out[number, first : first + chunk]
+            if to.dtype == v.dtype:
+                torch.add(part, v[number], out=to)
+            else:
+                to.copy_(part + v[number])
 
 
 def check_index(index: Tensor, count: int) -> None:

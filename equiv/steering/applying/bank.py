@@ -49,8 +49,8 @@ class Group:
         kept: A dtype of activations in which the weights can stay, those of the model
             included; in others they are float32, or float64.
         forms: The steers.
-        slots: Number of a steer, plus one → its place among them, or −1; the last is
-            of all larger numbers.
+        slots: Number of a steer, plus one → its place among them, or −1; `None` where
+            they are the whole bank in its order, and the number is the place.
         at: Their tensors, stacked, and the slots, where the activations are.
     """
 
@@ -58,8 +58,8 @@ class Group:
     activation: str | None
     kept: torch.dtype | None
     forms: tuple[Steering, ...]
-    slots: Tensor
-    at: dict[Place, tuple[Parts, Tensor]] = field(default_factory=dict)
+    slots: Tensor | None
+    at: dict[Place, tuple[Parts, Tensor | None]] = field(default_factory=dict)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Stack the tensors where activations of this dtype will be."""
@@ -68,14 +68,15 @@ class Group:
         with torch.inference_mode(False), torch.no_grad():
             each = [[p.to(device, to) for p in _parts(form)] for form in self.forms]
             parts = tuple(stack_ranks(own) for own in zip(*each, strict=True))
-            self.at[device, dtype] = parts, self.slots.to(device)
+            slots = None if self.slots is None else self.slots.to(device)
+            self.at[device, dtype] = parts, slots
 
     def shifted(self, h: Tensor, x: Tensor, index: Tensor) -> Tensor:
         """The activation with each row's own steer of this group added."""
         if (h.device, h.dtype) not in self.at:
             self.prepare(h.device, h.dtype)
         parts, slots = self.at[h.device, h.dtype]
-        own = slots[(index + 1).clamp_max(len(slots) - 1)]
+        own = index if slots is None else slots[index + 1]
         own = own.reshape(*own.shape, *[1] * (h.ndim - 1 - own.ndim))
         if self.activation is None:
             return vector_shift(h, parts[0][:, 0], own)
@@ -94,12 +95,16 @@ class Group:
 class StackedBank:
     """A bank with the steers of each form stacked.
 
+    Args:
+        bank: Number → site that is read → steer.
+        count: How many numbers there are; not all need be in this bank.
+
     Attributes:
         groups: Those that are.
         rest: The others, by number.
     """
 
-    def __init__(self, bank: Mapping[int, Mapping[str, Placed]]) -> None:
+    def __init__(self, bank: Mapping[int, Mapping[str, Placed]], count: int) -> None:
         found: dict[Kind, dict[int, Steering]] = {}
         self.rest: dict[int, Mapping[str, Placed]] = {}
         for number, steers in bank.items():
@@ -111,7 +116,7 @@ class StackedBank:
         self.groups: list[Group] = []
         for kind, members in found.items():
             if len(members) > 1:
-                self.groups.append(_group(kind, members))
+                self.groups.append(_group(kind, members, count))
             else:  # nothing to stack
                 self.rest |= {number: bank[number] for number in members}
 
@@ -186,11 +191,13 @@ def _parts(form: Steering) -> Parts:
     return down, up, inner[:, None]
 
 
-def _group(kind: Kind, members: Mapping[int, Steering]) -> Group:
+def _group(kind: Kind, members: Mapping[int, Steering], count: int) -> Group:
     read, activation, kept, *_ = kind
-    slots = torch.full((max(members) + 3,), -1)
-    for slot, number in enumerate(members):
-        slots[number + 1] = slot
+    slots = None
+    if list(members) != list(range(count)):
+        slots = torch.full((count + 1,), -1)
+        for slot, number in enumerate(members):
+            slots[number + 1] = slot
     return Group(
         read=str(read),
         activation=activation if isinstance(activation, str) else None,

@@ -131,7 +131,7 @@ def _combine(
         (steers,) = bank.values()
         return lambda h, seen: steered(h, seen, steers)
 
-    stacked = StackedBank(bank)
+    stacked = StackedBank(bank, len(tokens.chosen))
     own = [p for p in place.module.parameters() if p.is_floating_point()]
     if own:
         stacked.prepare(own[0].device, own[0].dtype)

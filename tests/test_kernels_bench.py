@@ -1,0 +1,55 @@
+"""The benchmark of the kernels runs, dry, and its floors are those counted by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernel_bytes import launches_of
+from equiv import kernels
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+
+
+def test_it_runs_dry(tmp_path: Path) -> None:
+    """Every kind of case within its bound, and a model steered by row."""
+    file = tmp_path / "dry.json"
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_kernels"]
+    subprocess.run(
+        [*command, "--dry", "--json", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    result = json.loads(file.read_text())
+    assert len(result["cases"]) >= 9 and not result["left_out"]
+    for row in result["cases"]:
+        assert 0 < row["of_bound"] <= 1 and "times_us" not in row
+        assert len(row["launches"]) == 1 and row["bytes"] > 0
+    assert "seconds" not in result["model"]
+
+
+def test_floors_are_counted_by_hand() -> None:
+    """Rows of 2 × 10, d = 8, bfloat16; two of three steers of rank 4 occur."""
+    h = torch.zeros(2, 10, 8, dtype=torch.bfloat16)
+    down, up = torch.zeros(2, 3, 4, 8, dtype=torch.bfloat16)
+    bias, scale = torch.zeros(3, 4, dtype=torch.bfloat16), torch.ones(2, 1)
+    index = torch.tensor([[2], [0]], dtype=torch.int32)
+    found = launches_of(lambda: kernels.low_rank_shift(h, down, up, bias, index, scale))
+    activations = 2 * (20 * 8 * 2)  # read, written
+    weights = 2 * (2 * 4 * 8 + 4) * 2
+    z, small = 20 * 4 * 4, 2 * 4 + 2 * 4
+    assert found.names == ["low_rank"]
+    assert found.floor == activations + weights + z + small
+    # In place only the steered rows: ten of twenty here.
+    index = torch.tensor([[2], [-1]], dtype=torch.int32)
+    found = launches_of(lambda: kernels.vector_shift_(h, up[:, 0], index))
+    assert found.floor == 2 * 10 * 8 * 2 + 8 * 2 + 2 * 4
+    found = launches_of(lambda: kernels.candidate_shifts(h, up[:, 0]))
+    assert found.floor == (1 + 3) * 20 * 8 * 2 + 3 * 8 * 2
