@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENV := .venv
 RUN := OMP_NUM_THREADS=1 $(ENV)/bin
 
-.PHONY: demo test proofs sweep format clean
+.PHONY: demo test proofs sweep slow format clean
 
 demo: $(ENV)/installed
 	$(RUN)/equiv demo --html demo.html --json demo.json
@@ -24,6 +24,10 @@ sweep: $(ENV)/installed
 	SWEEP=50 $(RUN)/python -m pytest -n 2 --hypothesis-show-statistics \
 		tests/test_properties.py tests/test_fits.py tests/test_attention.py \
 		tests/test_proofs*.py tests/test_symbolic*.py
+
+# Every configuration of the kernels, compiled for GPUs that need not be there.
+slow: $(ENV)/installed
+	$(RUN)/python -m pytest -m slow
 
 format: $(ENV)/installed
 	$(RUN)/ruff format .
