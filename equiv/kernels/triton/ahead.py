@@ -93,10 +93,9 @@ def shipped(*, everything: bool) -> Iterator[Job]:
     for r in (16, 32, 64):
         yield low_rank_job(r, torch.float32, torch.float32)
     for activation in ACTIVATION_NUMBERS if everything else ():
-        for gated in (False, True):
-            yield low_rank_job(
-                16, torch.bfloat16, torch.bfloat16, activation, gated=gated
-            )
+        for dtype in (*halves, torch.float32):
+            for r, gated in ((16, False), (16, True), (64, False), (64, True)):
+                yield low_rank_job(r, dtype, dtype, activation, gated=gated)
 
 
 def vector_job(d: int, dtype: torch.dtype, *, in_place: bool) -> Job:

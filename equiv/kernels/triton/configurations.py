@@ -51,4 +51,6 @@ def low_rank(r: int, weights: torch.dtype) -> Configuration:
         return Configuration(16, 64, ranks, warps=8 if ranks > 32 else 4)
     if ranks <= 16:
         return Configuration(16, 128, ranks, stages=4)
-    return Configuration(32, 64, ranks, warps=8 if ranks > 32 else 4, stages=4)
+    if ranks <= 32:
+        return Configuration(32, 64, ranks, stages=4)
+    return Configuration(32, 64, ranks, warps=8)
