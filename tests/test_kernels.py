@@ -224,6 +224,33 @@ def test_everything_is_written(impl: str, case: Case) -> None:
 
 
 @each_implementation
+@pytest.mark.parametrize("d", [64, 897, 16384])
+@pytest.mark.parametrize("r", [1, 64])
+def test_wide_activations_and_large_ranks(impl: str, d: int, r: int) -> None:
+    source = torch.Generator().manual_seed(d + r)
+    # The interpreter takes a second for float32's small tiles at the largest width.
+    dtypes = (torch.bfloat16,) if d > 10**4 else (torch.bfloat16, torch.float32)
+    for dtype in dtypes:
+        down, up = torch.randn(2, 2, r, d, generator=source)
+        case = Case(
+            torch.randn(5, d, generator=source).to(dtype),
+            (down / d**0.5).to(dtype),
+            (up / r**0.5).to(dtype),
+            None,
+            torch.tensor([0, 1, -1, 1, 0]),
+            None,
+            "silu",
+        )
+        off = (shifted(case, impl).double() - exact(case)).abs()
+        halves = impl == "fused" and dtype == torch.bfloat16
+        assert bool((off <= bound(case, halves=halves)).all())
+        vectors = kernels.vector_shift(case.h, case.up[:, 0], case.index, impl=impl)
+        v = torch.where(case.index[:, None] < 0, 0, case.up[case.index, 0].double())
+        off = (vectors.double() - (case.h.double() + v)).abs()
+        assert bool((off <= vector_bound(case.h, v, 1.0)).all())
+
+
+@each_implementation
 def test_index_and_scale_broadcast(impl: str) -> None:
     """Per sequence, per token, per column, for all: as if written out."""
     source = torch.Generator().manual_seed(0)
