@@ -7,7 +7,13 @@ from equiv.arguments import as_choice
 from equiv.errors import ArgumentError
 from equiv.kernels import composite, operators
 from equiv.kernels.activations import ACTIVATIONS
-from equiv.kernels.checks import arguments, check_in_place, check_parts, forward_mode
+from equiv.kernels.checks import (
+    arguments,
+    check_in_place,
+    check_parts,
+    forward_mode,
+    underived,
+)
 from equiv.kernels.differentiable import CandidateShifts, LowRank, VectorShift
 from equiv.kernels.rows import uncast
 
@@ -80,6 +86,9 @@ def vector_shift(
     with uncast(h):
         if forward_mode():
             out = composite.vector_shift(rows, bank, strength, number)
+        elif underived(h, bank, scale):
+            bank = bank.contiguous()
+            out = operators.vector_shift(rows, bank, strength, number, fused)
         else:
             out = VectorShift.apply(rows, bank.contiguous(), strength, number, fused)
     return out.reshape(h.shape)
@@ -184,7 +193,9 @@ def low_rank_shift(
             bias = None if bias is None else bias.contiguous()
             # Dynamo takes no tensor twice, as `down` and `up` of a projection would be.
             up = (up.view_as(up) if up is down else up).contiguous()
-            out, _ = LowRank.apply(
+            alone = underived(h, down, up, bias, scale, read)
+            call = operators.low_rank if alone else LowRank.apply
+            out, _ = call(
                 rows,
                 base,
                 down.contiguous(),
@@ -278,6 +289,8 @@ def candidate_shifts(
     with uncast(h):
         if forward_mode():
             out = composite.candidate_shifts(rows, bank, scale)
+        elif underived(h, bank, scale):
+            out = operators.candidate_shifts(rows, bank.contiguous(), scale, fused)
         else:
             out = CandidateShifts.apply(rows, bank.contiguous(), scale, fused)
     return out.reshape(bank.shape[0], *h.shape)

@@ -10,6 +10,18 @@ from equiv.errors import ArgumentError
 from equiv.kernels.rows import entries
 
 
+def underived(*tensors: Tensor | None) -> bool:
+    """Whether nothing is derived, mapped or traced: the operator can be called alone.
+
+    Only to save time: binding the arguments of an `autograd.Function` takes longer than
+    many a launch.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    graded = any(t is not None and t.requires_grad for t in tensors)
+    return not (graded and torch.is_grad_enabled())
+
+
 def forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken, of anything."""
     return forward_ad._current_level >= 0
