@@ -43,6 +43,11 @@ class Where:
     compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None
     tuned: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
+    @property
+    def said(self) -> dict[str, object]:
+        """For the result."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "impl": self.impl}
+
     def random(self, *shape: int, size: float = 1.0, seed: int = 0) -> Tensor:
         """Drawn on the device."""
         source = torch.Generator(self.device).manual_seed(seed)
@@ -112,7 +117,7 @@ def vector_case(
         group="vector in place" if share < 1 else "vector",
         contestants=made,
         truth=truth,
-        setting={"rows": rows, "hidden": d, "bank": n, "share": share},
+        setting={**where.said, "rows": rows, "hidden": d, "bank": n, "share": share},
     )
 
 
@@ -186,6 +191,7 @@ def low_rank_case(
         truth=truth,
         graph=graph,
         setting={
+            **where.said,
             "batch": batch,
             "seq": seq,
             "hidden": d,
@@ -224,7 +230,7 @@ def candidates_case(where: Where, rows: int, d: int, n: int) -> Case:
         group="candidates",
         contestants=made,
         truth=truth,
-        setting={"rows": rows, "hidden": d, "bank": n},
+        setting={**where.said, "rows": rows, "hidden": d, "bank": n},
     )
 
 

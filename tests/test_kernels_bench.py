@@ -53,3 +53,30 @@ def test_floors_are_counted_by_hand() -> None:
     assert found.floor == 2 * 10 * 8 * 2 + 8 * 2 + 2 * 4
     found = launches_of(lambda: kernels.candidate_shifts(h, up[:, 0]))
     assert found.floor == (1 + 3) * 20 * 8 * 2 + 3 * 8 * 2
+
+
+def test_readme_has_the_figures_of_the_results() -> None:
+    file = ROOT / "benchmarks" / "results" / "cpu" / "kernels.json"
+    cases = json.loads(file.read_text())["cases"]
+    text = (ROOT / "README.md").read_text()
+    columns = (
+        "equiv",
+        "per-token gather",
+        "eager gather + bmm",
+        "torch.compile",
+        "plain h + v",
+    )
+    for row, name, dtype in (
+        ("8 steers of rank 16, float32", "low rank 8 ", "float32"),
+        ("the same, bfloat16", "low rank 8 ", "bfloat16"),
+        ("vectors per token, float32", "vector", "float32"),
+        ("64 single rows, 64 steers of rank 16", "low rank 64 × 1 ", "float32"),
+    ):
+        case = next(
+            c
+            for c in cases
+            if c["name"].startswith(name) and c["setting"]["dtype"] == dtype
+        )
+        times = [case["times_us"].get(column) for column in columns]
+        shown = [f"{t['median'] / 1000:.1f}" if t else "–" for t in times]
+        assert f"| {' | '.join([row, *shown])} |" in text

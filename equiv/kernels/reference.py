@@ -110,14 +110,17 @@ def low_rank(
     strength = None if scale is None else spread(scale, rows).to(to)
     if out is not base:
         _copy_unshifted(full, base, out)
-    (_, r, e), number, weights = up.shape, -1, (down[0], up[0])
+    (_, r, e), number = up.shape, -1
+    thin, thick, inner = down[0], up[0], None
     for one, at in grouped(full, TILE):
         if one != number:
-            number, weights = one, (_even(down[one].to(to)), _even(up[one].to(to)))
-        found = _even(x[at].to(to), TILE) @ weights[0].T
+            number, thin = one, _even(down[one].to(to)).T
+            thick = _even(up[one].to(to))
+            inner = None if bias is None else _even(bias[one, None].to(to))[0]
+        found = _even(x[at].to(to), TILE) @ thin
         count = at.stop - at.start if isinstance(at, slice) else len(at)
-        if bias is not None:
-            found[:, :r] += bias[one].to(to)
+        if inner is not None:
+            found += inner
         if z is not None:
             z[at] = found[:count, :r]
         if gate is None:
@@ -126,11 +129,11 @@ def low_rank(
             a = found * _even(SLOPES[activation](gate[at]), TILE)
         if strength is not None:
             a[:count] *= strength[at][:, None]
-        if base is not None and isinstance(at, slice) and _whole(base[at], weights[1]):
-            torch.addmm(base[at], a, weights[1], out=out[at])
+        if base is not None and isinstance(at, slice) and _whole(base[at], thick):
+            torch.addmm(base[at], a, thick, out=out[at])
             continue
         first = None if base is None else _even(base[at].to(to), TILE)
-        total = a @ weights[1] if first is None else torch.addmm(first, a, weights[1])
+        total = a @ thick if first is None else torch.addmm(first, a, thick)
         out[at] = total[:count, :e].to(out.dtype)
 
 
