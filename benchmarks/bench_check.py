@@ -228,9 +228,9 @@ def _summary(times: dict[str, list[float]], layers: int) -> dict[str, Any]:
         for what in ("forward", "check")
     )
     return {
-        "unit_seconds": _spread(unit),
-        "units": {name: _spread(values) for name, values in units.items()},
-        "dense_over_peer": _spread(against_peer),
+        "unit_seconds": spread(unit),
+        "units": {name: spread(values) for name, values in units.items()},
+        "dense_over_peer": spread(against_peer),
         "attention": {
             "forward": plain,
             "check": check,
@@ -257,7 +257,8 @@ def _summary(times: dict[str, list[float]], layers: int) -> dict[str, Any]:
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
     return {
         "median": statistics.median(values),
         "low": min(values),

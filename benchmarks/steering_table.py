@@ -64,7 +64,7 @@ class Subject:
 
     name: str
     model: nn.Module
-    update: object
+    update: equiv.Update | nn.Module | Path
     tokenizer: Any
     fitting: list[str]
     choosing: list[str]

@@ -1,23 +1,67 @@
 """`equiv.check`: the one verb. Measures everything and returns a `Report`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import nn
 
 from equiv.arguments import as_layers
-from equiv.measuring import Measurement
+from equiv.measuring.measurement import Measurement
+from equiv.model.batches import Batch
 from equiv.model.families import find_blocks
 from equiv.model.guard import check_model, measured
 from equiv.model.sites import SITES
-from equiv.progress import progress_bar, step
+from equiv.progress import progress_bar
 from equiv.report.report import Report
 from equiv.settings import as_settings, with_sites
 from equiv.steering.forms.form import FORMS
 from equiv.update.inputs import inputs_for
-from equiv.update.sources import resolve
+from equiv.update.several import OneUpdate, resolve_by_name
+from equiv.update.update import Update
+
+
+@overload
+def check(
+    model: nn.Module,
+    delta_w: OneUpdate,
+    inputs: object = ...,
+    *,
+    sites: Sequence[str] | None = ...,
+    layers: Iterable[SupportsIndex] | None = ...,
+    forms: Sequence[str] = ...,
+    rank: int = ...,
+    target: str = ...,
+    at: str = ...,
+    max_remainder: float | None = ...,
+    tokenizer: Any = ...,
+    dtype: torch.dtype | None = ...,
+    derivative: str = ...,
+    seed: int = ...,
+    progress: bool = ...,
+) -> Report: ...
+
+
+@overload
+def check(
+    model: nn.Module,
+    delta_w: Mapping[str, OneUpdate],
+    inputs: object = ...,
+    *,
+    sites: Sequence[str] | None = ...,
+    layers: Iterable[SupportsIndex] | None = ...,
+    forms: Sequence[str] = ...,
+    rank: int = ...,
+    target: str = ...,
+    at: str = ...,
+    max_remainder: float | None = ...,
+    tokenizer: Any = ...,
+    dtype: torch.dtype | None = ...,
+    derivative: str = ...,
+    seed: int = ...,
+    progress: bool = ...,
+) -> dict[str, Report]: ...
 
 
 def check(
@@ -37,7 +81,7 @@ def check(
     derivative: str = "forward",
     seed: int = 0,
     progress: bool = False,
-) -> Report:
+) -> Report | dict[str, Report]:
     """Measure how far moving activations can stand in for a weight update.
 
     Args:
@@ -45,13 +89,17 @@ def check(
             exactly as it was.
         delta_w: The update: a mapping of parameter name → difference, an
             `equiv.Update`, a tuned model, a `PeftModel` (also one around this very
-            model), or a path or hub id of any of these.
+            model), or a path or hub id of any of these. Several, by name, as a mapping
+            of name → update: they share the checks of the model and the inputs, and
+            are held in memory together, but each is measured by itself, one after the
+            other, so that the rest of the memory does not grow with their number.
         inputs: `None` (drawn from the seed: good for the calculus only), `"samples"`
-            (sampled from the base and the tuned model), texts or conversations with
-            `tokenizer`, a `Path` of a file of them, a `datasets.Dataset`, a tensor, a
-            mapping of keyword arguments, or an iterable of those. For an
-            encoder–decoder also what its decoder reads: `labels` or `decoder_input_ids`
-            beside the ids, or rows with a text and a target.
+            (sampled from the base and the tuned model: of several, each is measured on
+            its own), texts or conversations with `tokenizer`, a `Path` of a file of
+            them, a `datasets.Dataset`, a tensor, a mapping of keyword arguments, or an
+            iterable of those. For an encoder–decoder also what its decoder reads:
+            `labels` or `decoder_input_ids` beside the ids, or rows with a text and a
+            target.
         sites: Where to measure and steer, by name or pattern such as "mlp_*"; see
             `equiv.model.sites`. For a plain module, names of submodules. `None` for
             all.
@@ -77,11 +125,13 @@ def check(
         progress: Whether to show a progress bar.
 
     Returns:
-        The report.
+        The report; of several updates name → report, in their order, each the report
+        that a call of its own gives.
 
     Raises:
         ArgumentError: If an argument is outside its set.
-        UpdateError: If the update cannot be used.
+        UpdateError: If an update cannot be used, or if updates and entries of one are
+            mixed; nothing is measured then.
         InputsError: If the inputs cannot be fed to the model.
         SiteError: If a layer or site does not exist.
         UnsupportedModelError: If the model cannot be measured.
@@ -100,14 +150,36 @@ def check(
         sites, forms, rank, target, at, max_remainder, dtype, seed, derivative
     )
     check_model(model)
-    update = resolve(model, delta_w)
+    updates, several = resolve_by_name(model, delta_w)
     blocks = find_blocks(model)
     if settings.sites in (None, SITES):
         settings = replace(settings, sites=blocks.sites if blocks else None)
     chosen = as_layers(layers, len(blocks.modules) if blocks else 1)
-    with measured(model), progress_bar(progress) as bar:
-        kind, batches = inputs_for(model, update, inputs, tokenizer, settings.seed)
-        settings = with_sites(settings, model, batches, blocks)
-        run = Measurement(model, update, settings, batches, chosen, kind, bar)
-        step(bar, "inputs")
-        return run.report(run.calculus())
+    found: dict[str, Report] = {}
+    with progress_bar(progress, len(updates)) as bar:
+        fed = _fed(model, tuple(updates.values()), inputs, tokenizer, settings.seed)
+        for name, update in updates.items():
+            bar.name = name
+            with measured(model):
+                kind, batches = next(fed)
+                own = with_sites(settings, model, batches, blocks)
+                run = Measurement(model, update, own, batches, chosen, kind, bar)
+                bar.step("inputs")
+                found[name] = run.report(run.calculus())
+    return found if several else found[""]
+
+
+def _fed(
+    model: nn.Module,
+    updates: Sequence[Update],
+    inputs: object,
+    tokenizer: Any,
+    seed: int,
+) -> Iterator[tuple[str, list[Batch]]]:
+    """What each update is measured on: samples are its own, all else is read once."""
+    if isinstance(inputs, str) and inputs == "samples":
+        for update in updates:
+            yield inputs_for(model, update, inputs, tokenizer, seed)
+        return
+    read = inputs_for(model, updates[0], inputs, tokenizer, seed)
+    yield from [read] * len(updates)

@@ -101,7 +101,7 @@ TABLE = {
     "no tensor": Bad(
         equiv.UpdateError,
         ("Expected a tensor", "`0.weight`", "list"),
-        lambda: equiv.check(net(), {"0.weight": [1.0]}),
+        lambda: equiv.check(net(), {"0.weight": [1.0]}),  # type: ignore[dict-item]
     ),
     "update without values": Bad(
         equiv.UpdateError,
@@ -158,7 +158,7 @@ TABLE = {
     "no update at all": Bad(
         equiv.UpdateError,
         ("Expected `delta_w`", "got int"),
-        lambda: equiv.check(net(), 3),
+        lambda: equiv.check(net(), 3),  # type: ignore[arg-type]
     ),
     "a path that holds nothing": Bad(
         equiv.FileFormatError,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equiv.cli.commands import HtmlFile, JsonFile, check_outputs, write_outputs
+from equiv.cli.commands import HtmlFile, JsonFile
 from equiv.cli.steering import app
+from equiv.cli.writing import check_outputs, write_outputs
 from equiv.errors import ArgumentError
 
 if TYPE_CHECKING:

@@ -1,16 +1,12 @@
 """The commands themselves, as typer sees them."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from equiv.errors import ArgumentError, FileFormatError
-
-if TYPE_CHECKING:
-    from equiv.report.report import Report
+from equiv.cli.writing import check_outputs, write_outputs
 
 app = typer.Typer(
     help=(
@@ -44,11 +40,13 @@ _SAME_STATUS = (
 @app.command(epilog=_STATUS)
 def check(
     base: Annotated[str, typer.Argument(help="The base model: a path or hub id.")],
-    update: Annotated[
-        str,
+    updates: Annotated[
+        list[str],
         typer.Argument(
+            metavar="UPDATE...",
             help="The update: a tuned model or an adapter, path or hub id, or a "
-            "safetensors file of differences."
+            "safetensors file of differences. Several get a report each, in files "
+            "with -1, -2 … in their names; the exit status is the worst.",
         ),
     ],
     inputs: Annotated[
@@ -103,19 +101,21 @@ def check(
     Without a threshold the derivative must be right (second order) at every layer and
     site; thresholds ask for more.
     """
-    from equiv.checking import check as check_update
+    from equiv.checking import check as check_updates
+    from equiv.cli import check as checked
     from equiv.cli.loading import load_tokenizer, read_texts
     from equiv.model.loading import load_saved
     from equiv.model.sites import SITES
 
-    check_outputs(json, html)
-    _check_share(min_recovered, inputs)
+    named, count = checked.by_name(updates), len(updates)
+    check_outputs(*checked.files_of(json, count), *checked.files_of(html, count))
+    checked.check_share(min_recovered, inputs)
     texts = None if inputs in (None, "samples") else read_texts(Path(inputs), limit)
     model = load_saved(base)
     tokenizer = None if texts is None else load_tokenizer(base)
-    report = check_update(
+    found = check_updates(
         model,
-        update,
+        named,
         inputs if texts is None else texts,
         sites=tuple(site) if site else SITES,
         tokenizer=tokenizer,
@@ -126,8 +126,9 @@ def check(
         seed=seed,
         progress=True,
     )
-    _show(report, json, html)
-    raise typer.Exit(_status(report, min_recovered))
+    reports = found if isinstance(found, dict) else {base: found}
+    checked.show(reports, json, html)
+    raise typer.Exit(0 if checked.met(reports, min_recovered) else 1)
 
 
 @app.command(epilog=_SAME_STATUS)
@@ -209,74 +210,3 @@ def demo(json: JsonFile = None, html: HtmlFile = None) -> None:
     check_outputs(json, html)
     report = run()
     write_outputs(json, report.to_json, html, report.to_html)
-
-
-def check_outputs(*paths: Path | None) -> None:
-    """Complain before the work about a file that cannot be written."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise FileFormatError(f"Cannot write {path}: no folder {path.parent}.")
-        if path is not None and path.is_dir():
-            raise FileFormatError(
-                f"Cannot write {path}: it is a folder. Name a file in it."
-            )
-
-
-def _check_share(min_recovered: float | None, inputs: str | None) -> None:
-    if min_recovered is None:
-        return
-    if not min_recovered <= 1:
-        raise ArgumentError(
-            f"Expected --min-recovered of at most 1 (all of it), got {min_recovered}."
-        )
-    if inputs is None:
-        raise ArgumentError(
-            "--min-recovered needs --inputs: on random token ids no behaviour is "
-            "measured. Pass a file of texts."
-        )
-
-
-def _show(report: "Report", json: Path | None, html: Path | None) -> None:
-    from rich.console import Console
-
-    from equiv.report.text import WIDTH, rendered
-
-    console = Console(highlight=False)
-    console.print(rendered(report), width=max(WIDTH, min(console.width, 100)))
-    write_outputs(json, report.to_json, html, report.to_html)
-
-
-def write_outputs(
-    json: Path | None,
-    as_json: Callable[[Path], None],
-    html: Path | None,
-    as_html: Callable[[Path], None],
-) -> None:
-    """Write what was asked for, and say so."""
-    for path, write in ((json, as_json), (html, as_html)):
-        if path is None:
-            continue
-        try:
-            write(path)
-        except OSError as error:
-            raise FileFormatError(f"Cannot write {path}: {error}.") from None
-        typer.echo(f"Wrote {path}")
-
-
-def _status(report: "Report", min_recovered: float | None) -> int:
-    from equiv.report.answer import best
-    from equiv.report.numbers import percent
-
-    met = report.holds
-    if not met:
-        typer.echo(f"Not met: {report.reason}")
-    if min_recovered is not None:
-        row = best(report)
-        found = None if row is None else row.recovered
-        if found is None or found < min_recovered:
-            typer.echo(
-                f"Not met: steering recovers {percent(found)}, expected at least "
-                f"{percent(min_recovered)}"
-            )
-            met = False
-    return 0 if met else 1

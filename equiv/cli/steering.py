@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from equiv.cli.commands import JsonFile, app, check_outputs
+from equiv.cli.commands import JsonFile, app
+from equiv.cli.writing import check_outputs
 from equiv.errors import ArgumentError, FileFormatError
 
 _STATUS = (

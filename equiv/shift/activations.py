@@ -1,8 +1,8 @@
 """`equiv.shifts`: the shifts themselves, as tensors, per layer and site."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from equiv.shift.propagate import propagate
 from equiv.shift.silent import check_derivative
 from equiv.shift.stage_update import low_rank_names
 from equiv.shift.traces import BASE, MIDPOINT, TUNED, Trace
-from equiv.update.sources import resolve
+from equiv.update.several import OneUpdate, resolve_by_name
 from equiv.update.update import Update
 
 
@@ -147,6 +147,34 @@ class Shifts:
                 return
 
 
+@overload
+def shifts(
+    model: nn.Module,
+    delta_w: OneUpdate,
+    inputs: object,
+    *,
+    sites: Sequence[str] | None = ...,
+    layers: Iterable[SupportsIndex] | None = ...,
+    tokenizer: Any = ...,
+    dtype: torch.dtype = ...,
+    derivative: str = ...,
+) -> Shifts: ...
+
+
+@overload
+def shifts(
+    model: nn.Module,
+    delta_w: Mapping[str, OneUpdate],
+    inputs: object,
+    *,
+    sites: Sequence[str] | None = ...,
+    layers: Iterable[SupportsIndex] | None = ...,
+    tokenizer: Any = ...,
+    dtype: torch.dtype = ...,
+    derivative: str = ...,
+) -> dict[str, Shifts]: ...
+
+
 def shifts(
     model: nn.Module,
     delta_w: object,
@@ -157,12 +185,12 @@ def shifts(
     tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
     derivative: str = "forward",
-) -> Shifts:
+) -> Shifts | dict[str, Shifts]:
     """The shifts that an update induces, as tensors.
 
     Args:
         model: A Hugging Face model of a known family, or any module.
-        delta_w: The update, in any form that `equiv.check` takes.
+        delta_w: The update, in any form that `equiv.check` takes; also several by name.
         inputs: Texts, a tensor, a mapping or an iterable, as for `equiv.check`.
         sites: Sites wanted, by name or pattern; `None` for all.
         layers: Layers wanted; `None` for all.
@@ -172,7 +200,8 @@ def shifts(
             `equiv.check`.
 
     Returns:
-        A mapping from (layer, site), computed when asked for.
+        A mapping from (layer, site), computed when asked for; of several updates one
+        by name for each.
 
     Raises:
         EquivError: As `equiv.check`.
@@ -189,7 +218,7 @@ def shifts(
     check_model(model)
     dtype, derivative = as_dtype(dtype), as_choice("derivative", derivative, CHOICES)
     chosen = None if sites is None else as_names("sites", sites, SITES)
-    update = resolve(model, delta_w)
+    updates, several = resolve_by_name(model, delta_w)
     blocks = find_blocks(model)
     if chosen in (None, SITES):
         chosen = blocks.sites if blocks else None
@@ -205,7 +234,11 @@ def shifts(
     if blocks is None and chosen:
         with measured(model):
             chosen = module_sites(model, batches, dtype, chosen)
-    return Shifts(model, update, batches, dtype, chosen, picked, derivative)
+    found = {
+        name: Shifts(model, update, batches, dtype, chosen, picked, derivative)
+        for name, update in updates.items()
+    }
+    return found if several else found[""]
 
 
 def _gather(

@@ -34,6 +34,11 @@ def resolve(model: nn.Module, delta_w: object) -> Update:
         UnsupportedModelError: If the model's own weights are not finite.
     """
     check_finite(model)
+    return as_update(model, delta_w)
+
+
+def as_update(model: nn.Module, delta_w: object) -> Update:
+    """The same for a model whose weights are known to be finite."""
     if isinstance(delta_w, (str, Path)):
         delta_w = _load(model, str(delta_w))
     if isinstance(delta_w, Update):

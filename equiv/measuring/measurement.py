@@ -1,6 +1,5 @@
 """One check under way: the calculus on few tokens, then the full pass."""
 
-import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,19 +9,20 @@ from torch import Tensor, nn
 
 from equiv.behaviour.ladder import Ladder
 from equiv.behaviour.spectra import RANKS, TOKENS, Spectrum, spectra
+from equiv.measuring.subject import subject_of, width_of
 from equiv.model.batches import Batch, at_most, split
 from equiv.model.sites import FLOW, read_and_written
 from equiv.model.stages import StagedModel, staged
-from equiv.progress import step
+from equiv.progress import Progress
 from equiv.report import assemble
 from equiv.report.report import Report
-from equiv.report.values import Contributions, Radius, Subject, Superposition
+from equiv.report.values import Contributions, Radius, Superposition
 from equiv.settings import Settings
 from equiv.shift.calculus import Curve, RowKey, Selection, curves
 from equiv.shift.derivative import CENTRAL, NoReverseRuleError
 from equiv.shift.differences import step_of
 from equiv.shift.propagate import propagate
-from equiv.shift.radius import TOLERANCE, Question, radii
+from equiv.shift.radius import Question, radii
 from equiv.shift.silent import check_derivative
 from equiv.shift.stage_update import low_rank_names
 from equiv.shift.superposition import MAX_BLOCKS, superposition
@@ -63,7 +63,7 @@ class Measurement:
         batches: list[Batch],
         layers: Sequence[int] | None,
         kind: str,
-        bar: Any,
+        bar: Progress,
     ) -> None:
         self.bar = bar
         self.model, self.update, self.settings = model, update, settings
@@ -118,7 +118,7 @@ class Measurement:
                 derivative=settings.derivative,
             )
             together, parts = self._superposition(cut)
-        step(self.bar, "orders")
+        self.bar.step("orders")
         return Calculus(found, together, parts, tokens)
 
     def _superposition(
@@ -145,9 +145,8 @@ class Measurement:
         with self._staged(self.batches, dtype) as cut:
             selection = self._selection(cut)
             table = Table(selection)
-            width = _width(self.model)
             sites = self._steered_sites(self._asked_sites(cut))
-            specs = settings.specs(sites, width)
+            specs = settings.specs(sites, width_of(self.model))
             moments = MomentTable(cut, sites, settings.target)
             ladder = self._ladder(cut, specs, sites)
             self._full_pass(cut, table, moments, ladder)
@@ -155,7 +154,9 @@ class Measurement:
             plain_add = bool(cut.blocks and cut.blocks.architecture.plain_add)
             parameters = sum(p.numel() for p in self.model.parameters())
             report = Report(
-                subject=self._subject(cut, parameters, width, calculus.tokens),
+                subject=subject_of(
+                    cut, self.update, settings, self.kind, calculus.tokens
+                ),
                 rows=assemble.rows(
                     table.rows,
                     calculus.curves,
@@ -255,7 +256,7 @@ class Measurement:
             midpoint=self.settings.midpoint,
             derivative=self.settings.derivative,
         )
-        step(self.bar, "radii")
+        self.bar.step("radii")
         return found
 
     def _full_pass(
@@ -275,7 +276,7 @@ class Measurement:
             local=points,
             derivative=self.settings.derivative,
         )
-        self.bar.total += len(cut.stages)
+        self.bar.more(len(cut.stages))
         for stage, tensors, traces in self._shown(passes):
             kept = []
             for trace in traces:
@@ -304,51 +305,6 @@ class Measurement:
         for entry in passes:
             yield entry
             stage = entry[0]
-            step(
-                self.bar,
-                f"block {stage.layer}" if stage.name == "block" else "full pass",
+            self.bar.step(
+                f"block {stage.layer}" if stage.name == "block" else "full pass"
             )
-
-    def _subject(
-        self, cut: StagedModel, parameters: int, width: int | None, few: int
-    ) -> Subject:
-        settings = self.settings
-        return Subject(
-            model=f"{type(self.model).__name__}",
-            num_parameters=parameters,
-            num_layers=cut.num_layers,
-            d_model=width,
-            update=self.update.source,
-            update_norm=self.update.norm(),
-            update_relative_norm=self.update.relative_norm(self.model),
-            update_names=len(self.update.deltas),
-            inputs=self.kind,
-            sequences=sum(b.sequences for b in self.batches),
-            tokens=sum(b.tokens for b in self.batches),
-            held_out_sequences=sum(b.sequences for b in self.batches if b.held_out),
-            calculus_tokens=few,
-            seed=settings.seed,
-            at=settings.at,
-            target=settings.target,
-            rank=settings.rank,
-            max_remainder=settings.max_remainder,
-            tolerance=TOLERANCE,
-            versions=_versions(),
-            encoder_layers=cut.blocks.first if cut.blocks else 0,
-        )
-
-
-def _width(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    return getattr(config, "hidden_size", None)
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    names = ("equiv", "torch", "transformers", "peft")
-    found = []
-    for name in names:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return tuple(found)
