@@ -59,7 +59,7 @@ def read_plan(path: Path) -> tuple[Planned, ...]:
 def converted(
     model: nn.Module,
     update: Update,
-    texts: Sequence[Text],
+    texts: Sequence[Text | dict[str, Text]],
     tokenizer: Any,
     wanted: Wanted,
     *,
@@ -171,8 +171,8 @@ def _rows(found: Evaluation, name: str) -> list[list[str]]:
 
 
 def _parts(
-    texts: Sequence[Text], seed: int
-) -> tuple[list[Text], list[Text], list[Text]]:
+    texts: Sequence[Text | dict[str, Text]], seed: int
+) -> tuple[Sequence[object], Sequence[object], Sequence[object]]:
     """Texts to fit on, to choose the strength on, and to report on."""
     if len(texts) < LEAST:
         raise InputsError(
