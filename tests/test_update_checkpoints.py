@@ -3,13 +3,13 @@
 import copy
 import json
 import pickle
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import witness
+from alive import Alive
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -328,29 +328,6 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
         save_file(packed, tmp_path / name / "model.safetensors")
     with pytest.raises(equiv.UpdateError, match="quantised weights"):
         equiv.Update.between(tmp_path / "one", tmp_path / "two")
-
-
-class Alive:
-    """How many of the tensors that a function returned are alive at once, at most."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def watch(self, owner: Any, name: str, patch: pytest.MonkeyPatch) -> "Alive":
-        original = getattr(owner, name)
-
-        def watched(*args: Any) -> Any:
-            found = original(*args)
-            self.now += 1
-            self.most = max(self.most, self.now)
-            weakref.finalize(found, self._gone)
-            return found
-
-        patch.setattr(owner, name, watched)
-        return self
-
-    def _gone(self) -> None:
-        self.now -= 1
 
 
 def test_one_weight_is_in_memory_at_a_time(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from equiv.model.factors import takes_factors
 from equiv.model.stages import Stage, StagedModel
+from equiv.update.entries import factored_at
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
 
@@ -13,15 +14,16 @@ from equiv.update.update import Update
 def low_rank_names(model: nn.Module, update: Update) -> list[str]:
     """Names of the update's entries that can be applied beside their weights.
 
-    A tied weight is used by more than one module; its update has to be dense.
+    A tied weight is used by more than one module; its update has to be dense. No entry
+    is read for this.
     """
     modules = dict(model.named_modules())
     own = dict(model.named_parameters())
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [
         name
-        for name, delta in update.deltas.items()
-        if isinstance(delta, LowRank)
+        for name in update.deltas
+        if factored_at(update.deltas, name)
         and name.endswith(".weight")
         and uses[id(own[name])] == 1
         and takes_factors(modules[name.rpartition(".")[0]])

@@ -1,7 +1,7 @@
 """The entries of an update: held in memory, or read from disk when they are needed."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ class Entry:
         read: Makes it.
         shape: Its shape.
         norm: Its Frobenius norm, where known.
+        factored: Whether it is kept as two factors.
     """
 
     read: Callable[[], Delta]
     shape: tuple[int, ...]
     norm: float | None = None
+    factored: bool = False
 
 
 class Deferred(Mapping[str, Delta]):
@@ -60,6 +62,13 @@ def norm_at(deltas: Mapping[str, Delta], name: str) -> float:
     return norm_of(deltas[name]) if known is None else known
 
 
+def factored_at(deltas: Mapping[str, Delta], name: str) -> bool:
+    """Whether one entry is kept as two factors, without reading it."""
+    if isinstance(deltas, Deferred):
+        return deltas.entries[name].factored
+    return isinstance(deltas[name], LowRank)
+
+
 def mapped(
     deltas: Mapping[str, Delta],
     change: Callable[[str, Delta], Delta],
@@ -69,7 +78,7 @@ def mapped(
 
     Args:
         deltas: The entries.
-        change: From a name and its entry to another entry.
+        change: From a name and its entry to another entry, factors to factors.
         factor: What it multiplies norms by.
     """
     if not isinstance(deltas, Deferred):
@@ -77,7 +86,7 @@ def mapped(
 
     def later(name: str, entry: Entry) -> Entry:
         norm = None if entry.norm is None else entry.norm * factor
-        return Entry(lambda: change(name, entry.read()), entry.shape, norm)
+        return replace(entry, read=lambda: change(name, entry.read()), norm=norm)
 
     return Deferred({name: later(name, e) for name, e in deltas.entries.items()})
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from equiv.errors import UpdateError, UpdateMismatchError
-from equiv.update.entries import Deferred, Entry, shape_at
+from equiv.update.entries import Deferred, Entry, factored_at, shape_at
 from equiv.update.low_rank import Delta, LowRank
 
 
@@ -32,6 +32,7 @@ def _later(name: str, first: Mapping[str, Delta], second: Mapping[str, Delta]) -
         lambda: _sum(name, first, second),
         shape_at(source, name),
         known if len(held) == 1 else None,
+        all(factored_at(deltas, name) for deltas in held),
     )
 
 

@@ -6,18 +6,22 @@ dtype and shape.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from equiv.update.adapters import base_of, clean, is_own, is_peft
-from equiv.update.low_rank import LowRank
+from equiv.update.entries import factored_at
+from equiv.update.low_rank import Delta, LowRank
 from equiv.update.update import Update
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     """SHA-256 of named tensors, and of a text before them.
+
+    Tensors are looked at one by one: a mapping that makes them holds one at a time.
 
     Example:
         >>> one = digest({"a": torch.ones(2)})
@@ -30,7 +34,24 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         head = [name, dtype_name(tensor), list(tensor.shape)]
         found.update(json.dumps(head).encode())
         found.update(_bytes(tensor))
+        del tensor  # not held while the next one is made
     return found.hexdigest()
+
+
+class _Made(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is looked at and not kept."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -60,31 +81,46 @@ def weights_digest(model: nn.Module) -> str:
         **dict(model.named_parameters()),
     }
     return digest(
-        {
-            clean(name): tensor.detach().bfloat16()
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in named.items()
-            if is_own(name)
-        }
+        _Made(
+            {
+                clean(name): partial(_rounded, tensor)
+                for name, tensor in named.items()
+                if is_own(name)
+            }
+        )
     )
 
 
 def update_digest(update: Update) -> str:
     """The digest of an update as it was given: of a LoRA, that of its factors.
 
+    Entries that lie on disk are read one at a time, factors once for each of the two.
+
     Example:
         >>> update = Update.from_dict({"weight": torch.eye(2)})
         >>> update_digest(update) == update_digest(update.scaled(2))
         False
     """
-    tensors: dict[str, Tensor] = {}
-    for name, delta in update.deltas.items():
-        if isinstance(delta, LowRank):
-            tensors |= {f"{name}.left": delta.left, f"{name}.right": delta.right}
-        else:
-            tensors[name] = delta
-    return digest(tensors)
+    deltas = update.deltas
+    parts: dict[str, Callable[[], Tensor]] = {}
+    for name in deltas:
+        for part in ("left", "right") if factored_at(deltas, name) else ("",):
+            full = f"{name}.{part}" if part else name
+            parts[full] = partial(_part, deltas, name, part)
+    return digest(_Made(parts))
+
+
+def _part(deltas: Mapping[str, Delta], name: str, part: str) -> Tensor:
+    delta = deltas[name]
+    if not isinstance(delta, LowRank):
+        return delta
+    return delta.left if part == "left" else delta.right
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """A weight as digests of models know it, whatever its floating dtype."""
+    tensor = tensor.detach()
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
 def dtype_name(tensor: Tensor) -> str:
