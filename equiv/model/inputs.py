@@ -32,6 +32,7 @@ from equiv.model.rows import Row, check_columns, rows_in
 from equiv.model.text_files import read_rows
 from equiv.model.text_pairs import tokenised, with_targets
 from equiv.model.tokenising import padded_rows
+from equiv.model.tower import tokens_of
 
 # An additive mask this low leaves a key no weight in any precision: exp(−1000) = 0.
 NO_WEIGHT = -1000.0
@@ -210,10 +211,14 @@ def _from_mapping(model: nn.Module, mapping: Mapping[str, Any]) -> Batch:
             "Expected at least one sequence and one token in every batch, got shape "
             f"{tuple(main.shape)}."
         )
-    mask = torch.ones(main.shape[:axes], dtype=torch.bool, device=device)
     given = arguments.get("attention_mask")
+    shape = tuple(main.shape[:axes])
     if hf:
         _check_call(model, arguments, name)
+        if name not in MAIN and not is_pair(model):
+            shape = tokens_of(model, name, arguments)
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    if hf:
         # Of sounds it tells nothing that an encoder attends by.
         sounds = name not in MAIN and is_pair(model)
         mask = mask if given is None or sounds else _token_mask(given, mask)
