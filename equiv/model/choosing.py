@@ -18,7 +18,7 @@ from equiv.arguments import shown
 from equiv.errors import SiteError
 from equiv.model.batches import Batch
 from equiv.model.families import Blocks
-from equiv.model.sites import FLOW, Site, is_activation, read_and_written
+from equiv.model.sites import FLOW, Site, activation_of, read_and_written
 from equiv.model.stages import prepared
 
 _MANY = 12  # names of submodules that a message lists
@@ -101,7 +101,8 @@ def _noted(model: nn.Module) -> Iterator[dict[str, list[str]]]:
 
     def hook_of(name: str) -> Callable[..., None]:
         def note(_module: nn.Module, _arguments: object, out: object) -> None:
-            calls.setdefault(name, []).append("" if is_activation(out) else _kind(out))
+            words = _kind(out) if activation_of(out) is None else ""
+            calls.setdefault(name, []).append(words)
 
         return note
 
@@ -145,8 +146,8 @@ def _why_not(
         )
     if made[0]:
         return (
-            f"it returns {made[0]}, not one floating tensor with a feature axis; ask "
-            "for a module inside it or around it"
+            f"it returns {made[0]}, not one floating tensor with a feature axis, alone "
+            "or first in a tuple with no other; ask for a module inside it or around it"
         )
     return None
 

@@ -15,8 +15,8 @@ from equiv.model.sites import (
     Site,
     Sites,
     Steer,
+    activation_of,
     first_tensor,
-    is_activation,
     with_first,
 )
 
@@ -239,12 +239,14 @@ def outputs_of(
         modules: By name; the model itself is "".
         run: Runs the model once and returns its output.
     """
-    calls: dict[str, list[tuple[object, int]]] = {}
+    calls: dict[str, list[tuple[Tensor | None, int]]] = {}
 
     def hook_of(name: str) -> Callable[..., None]:
-        return lambda _m, _a, out: calls.setdefault(name, []).append(
-            (out, _version(out))
-        )
+        def note(_module: nn.Module, _arguments: object, out: object) -> None:
+            found = activation_of(out)
+            calls.setdefault(name, []).append((found, _version(found)))
+
+        return note
 
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -255,7 +257,7 @@ def outputs_of(
     once = {
         name: (id(found[0][0]), found[0][1])
         for name, found in calls.items()
-        if len(found) == 1 and is_activation(found[0][0])
+        if len(found) == 1 and found[0][0] is not None
     }
     seen, distinct = {(id(final), _version(final))}, []
     for name, identity in once.items():
@@ -265,6 +267,6 @@ def outputs_of(
     return tuple(once), tuple(distinct)
 
 
-def _version(output: object) -> int:
+def _version(activation: Tensor | None) -> int:
     """How often a tensor has been changed in place."""
-    return output._version if isinstance(output, Tensor) else 0
+    return 0 if activation is None else activation._version

@@ -30,11 +30,12 @@ name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from equiv.arguments import index_of, shown
 from equiv.errors import SiteError
@@ -191,7 +192,8 @@ def first_tensor(output: object) -> Tensor:
     if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        f"expected a tensor or a tuple that starts with one, got {output!r}"
+        "expected a tensor or a tuple that starts with one, got a "
+        f"{type(output).__name__}"
     )
 
 
@@ -200,7 +202,10 @@ def with_first(output: object, tensor: Tensor) -> object:
     if isinstance(output, Tensor):
         return tensor
     assert isinstance(output, Sequence)
-    return (tensor, *output[1:])
+    made = (tensor, *output[1:])
+    if hasattr(output, "_make"):  # a named tuple, whose names are asked for
+        return output._make(made)  # pyright: ignore
+    return list(made) if isinstance(output, list) else made
 
 
 def is_activation(output: object) -> TypeGuard[Tensor]:
@@ -212,6 +217,35 @@ def is_activation(output: object) -> TypeGuard[Tensor]:
     )
 
 
+def activation_of(output: object) -> Tensor | None:
+    """The activation in what a module returned; `None` where it is not one.
+
+    It is the output itself, or the first entry of a tuple or list without another that
+    could carry the stream: beside it there are indices, flags or nothing.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> activation_of((x, None, [torch.tensor(1)])) is x, activation_of((x, x))
+        (True, None)
+    """
+    if is_activation(output):
+        return output
+    if not isinstance(output, (tuple, list)) or not output:
+        return None
+    first, others = output[0], tree_leaves(list(output[1:]))
+    alone = all(isinstance(other, _PLAIN) or _is_index(other) for other in others)
+    return first if alone and is_activation(first) else None
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not (
+        value.is_floating_point() or value.is_complex()
+    )
+
+
 def model_output(output: object) -> Tensor:
     """Logits, else the last hidden state, else the (first) tensor."""
     for name in (LOGITS, "last_hidden_state"):
@@ -220,4 +254,6 @@ def model_output(output: object) -> Tensor:
             return value
     if isinstance(output, Mapping):
         output = tuple(output.values())
+    elif is_dataclass(output) and not isinstance(output, type):
+        output = tuple(getattr(output, field.name) for field in fields(output))
     return first_tensor(output)

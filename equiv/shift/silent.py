@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from equiv.errors import ForwardModeError
 from equiv.model.batches import Batch, at_most
-from equiv.model.sites import Sites, is_activation
+from equiv.model.sites import Sites, activation_of
 from equiv.model.stages import Stage, StagedModel, staged
 from equiv.shift.blame import silent
 from equiv.shift.derivative import derived
@@ -240,9 +240,10 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def hook_of(name: str) -> Callable[..., None]:
         def note(module: nn.Module, _arguments: object, out: object) -> None:
-            if is_activation(out):
+            found = activation_of(out)
+            if found is not None:
                 seen[f"`{name}` ({type(module).__name__}), call {len(seen)}"] = (
-                    out.clone()  # an operation in place may come next
+                    found.clone()  # an operation in place may come next
                 )
 
         return note
