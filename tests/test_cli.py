@@ -80,6 +80,29 @@ def test_jsonl_inputs_and_the_limit(
     assert "first 6 of 9 texts" in capsys.readouterr().err
 
 
+def test_a_field_of_jsonl_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report is that of the same texts in a file of lines."""
+    lines, quick = loading.texts(6), ["--site", "block_out", "--at", "base"]
+    rows = [{"text": "1 2", "body": line, "answer": "3"} for line in lines]
+    plain, fields = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
+    plain.write_text("\n".join(lines))
+    fields.write_text("\n".join(json.dumps(row) for row in rows))
+    found = []
+    for extra in (
+        ["--inputs", str(plain)],
+        ["--inputs", str(fields), "--field", "body"],
+    ):
+        made = tmp_path / f"{len(found)}.json"
+        assert main(["check", BASE, LORA, *quick, *extra, "--json", str(made)]) == 0
+        found.append(Report.from_json(made))
+    assert found[0].rows == found[1].rows
+    assert found[0].subject.tokens == found[1].subject.tokens
+    assert main(["check", BASE, LORA, *given[1][:-1], "bodies"]) == 2
+    assert "expected a field bodies" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -113,6 +136,12 @@ def test_jsonl_inputs_and_the_limit(
         (["check", BASE, LORA, "--max-remainder", "nan"], "`max_remainder`"),
         (["check", BASE, LORA, "--seed", "-1"], "`seed`"),
         (["check", BASE, BASE], "equal everywhere"),
+        (["check", BASE, LORA, "--field", "body"], "pass it with --inputs"),
+        (
+            ["check", BASE, LORA, "--field", "body", "--inputs", "samples"],
+            "pass it with --inputs",
+        ),
+        (["compare", BASE, TUNED, "--field", "body"], "pass it with --inputs"),
     ],
 )
 def test_mistakes_have_status_two(

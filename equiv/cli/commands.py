@@ -27,6 +27,14 @@ HtmlFile = Annotated[
         "--html", metavar="FILE", help="Write what was found as one HTML page."
     ),
 ]
+FieldName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which field of JSONL is the text or conversation. Without it the first "
+        "there is of text, question, messages and prompt.",
+    ),
+]
 _STATUS = (
     "Exit status: 0 when what was asked for is met, 1 when it is not met or could not "
     "be decided, 2 for wrong usage or data, 3 for an internal error."
@@ -59,6 +67,7 @@ def check(
             "the calculus only.",
         ),
     ] = None,
+    field: FieldName = None,
     max_remainder: Annotated[
         float | None,
         typer.Option(help="Ask for a relative remainder of at most this everywhere."),
@@ -103,14 +112,17 @@ def check(
     """
     from equiv.checking import check as check_updates
     from equiv.cli import check as checked
-    from equiv.cli.loading import load_tokenizer, read_texts
+    from equiv.cli.loading import check_field, load_tokenizer, read_texts
     from equiv.model.loading import load_saved
     from equiv.model.sites import SITES
 
     named, count = checked.by_name(updates), len(updates)
     check_outputs(*checked.files_of(json, count), *checked.files_of(html, count))
     checked.check_share(min_recovered, inputs)
-    texts = None if inputs in (None, "samples") else read_texts(Path(inputs), limit)
+    check_field(field, inputs)
+    texts = None
+    if inputs is not None and inputs != "samples":
+        texts = read_texts(Path(inputs), limit, field)
     model = load_saved(base)
     tokenizer = None if texts is None else load_tokenizer(base)
     found = check_updates(
@@ -172,6 +184,7 @@ def compare(
             "ids.",
         ),
     ] = None,
+    field: FieldName = None,
     rtol: Annotated[
         float | None,
         typer.Option(
@@ -194,7 +207,7 @@ def compare(
 
     check_outputs(json, html)
     agreement, diagnosis = compared(
-        expected, actual, base, update, inputs, limit, rtol, atol
+        expected, actual, base, update, inputs, limit, rtol, atol, field
     )
     show(agreement, diagnosis)
     both = {"agreement": agreement, "diagnosis": diagnosis}

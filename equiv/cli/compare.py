@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from equiv.cli.loading import load_tokenizer, read_texts
+from equiv.cli.loading import check_field, load_tokenizer, read_texts
 from equiv.errors import ArgumentError
 from equiv.gate.comparing import compare
 from equiv.gate.diagnosing import diagnose
@@ -29,6 +29,7 @@ def compared(
     limit: int,
     rtol: float | None,
     atol: float | None,
+    field: str | None,
 ) -> tuple[Agreement, Diagnosis | None]:
     """The comparison, and the diagnosis where there are a base and an update.
 
@@ -41,6 +42,7 @@ def compared(
         limit: How many of its texts are used at most.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
+        field: Which field of JSON objects in the file is the text.
 
     Raises:
         EquivError: If any of these is not what it should be.
@@ -57,7 +59,8 @@ def compared(
                 "may be an endpoint."
             )
     served = actual.startswith(_SERVED)
-    texts = None if inputs is None else read_texts(Path(inputs), limit)
+    check_field(field, inputs)
+    texts = None if inputs is None else read_texts(Path(inputs), limit, field)
     source, added = _split(expected)
     tokenizer = load_tokenizer(source) if served or texts is not None else None
     side = _endpoint(actual, tokenizer) if served else actual

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from equiv.cli.commands import JsonFile, app
+from equiv.cli.commands import FieldName, JsonFile, app
 from equiv.cli.writing import check_outputs
 from equiv.errors import ArgumentError, FileFormatError
 
@@ -95,6 +95,7 @@ def convert(
             "--site, --form and --rank.",
         ),
     ] = None,
+    field: FieldName = None,
     limit: Annotated[
         int, typer.Option(min=1, help="Use at most this many texts, the first ones.")
     ] = 512,
@@ -115,7 +116,7 @@ def convert(
 
     _check_target(to, output)
     planned = None if plan is None else read_plan(plan)
-    texts = read_texts(inputs, limit)
+    texts = read_texts(inputs, limit, field)
     model = load_saved(base)
     resolved = resolve(model, update)
     wanted = Wanted(site, form, rank, target, at, planned, seed)

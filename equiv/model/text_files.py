@@ -54,15 +54,19 @@ def read_texts(
     return [line for _, line in numbered]
 
 
-def read_rows(path: Path) -> list[Text | dict[str, Text]]:
+def read_rows(path: Path, field: str | None = None) -> list[Text | dict[str, Text]]:
     """Texts as `read_texts` has them; with a target, where a JSON object has one.
+
+    Args:
+        path: The file.
+        field: As for `read_texts`; a target is never the text itself.
 
     Raises:
         InputsError: If the file is missing or empty, or a line is no text.
     """
     if path.suffix.lower() not in _JSON:
-        return [*read_texts(path)]
-    found = [_entry(path, number, line, None) for number, line in _lines(path)]
+        return [*read_texts(path, field)]
+    found = [_entry(path, number, line, field) for number, line in _lines(path)]
     return [
         text if target is None else {"text": text, TARGETS[0]: target}
         for text, target in found
@@ -101,4 +105,6 @@ def _entry(
             f"{path}, line {number}: expected a field {names} with a text or a "
             f"conversation{has}."
         )
+    if isinstance(entry, dict) and field is not None:  # asked for: not the target too
+        entry = {name: value for name, value in entry.items() if name != field}
     return found, target_of(entry)
