@@ -89,11 +89,9 @@ def test_a_field_of_jsonl_is_read(
     plain, fields = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
     plain.write_text("\n".join(lines))
     fields.write_text("\n".join(json.dumps(row) for row in rows))
-    found = []
-    for extra in (
-        ["--inputs", str(plain)],
-        ["--inputs", str(fields), "--field", "body"],
-    ):
+    found: list[Report] = []
+    given = ["--inputs", str(plain)], ["--inputs", str(fields), "--field", "body"]
+    for extra in given:
         made = tmp_path / f"{len(found)}.json"
         assert main(["check", BASE, LORA, *quick, *extra, "--json", str(made)]) == 0
         found.append(Report.from_json(made))
