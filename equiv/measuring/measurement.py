@@ -11,6 +11,7 @@ from equiv.behaviour.ladder import Ladder
 from equiv.behaviour.spectra import RANKS, TOKENS, Spectrum, spectra
 from equiv.measuring.subject import subject_of, width_of
 from equiv.model.batches import Batch, at_most, split
+from equiv.model.packed import packed_kinds
 from equiv.model.sites import FLOW, read_and_written
 from equiv.model.stages import StagedModel, staged
 from equiv.progress import Progress
@@ -72,6 +73,11 @@ class Measurement:
         self.layers = layers
         self.low = low_rank_names(model, update)
         self.notes: list[str] = []
+        if kinds := packed_kinds(model):
+            self.notes.append(
+                f"the base is quantised ({', '.join(kinds)}): measured with the values "
+                "its weights stand for, and without rounding of activations"
+            )
 
     def _staged(self, batches: list[Batch], dtype: torch.dtype) -> Any:
         return staged(

@@ -17,6 +17,7 @@ from equiv.model.beside import beside_the_stream
 from equiv.model.blocks import Blocks
 from equiv.model.guard import kept
 from equiv.model.memory import packed, parted
+from equiv.model.packed import unpacked
 from equiv.model.stubs import Calls, ReachedBlocks, stubs
 
 
@@ -43,7 +44,9 @@ class Around:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """A tensor of the model in the compute dtype."""
-        return tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point():
+            return tensor
+        return unpacked(tensor).to(self.dtype)
 
     def forward(self, tensors: Mapping[str, Tensor], batch: int) -> object:
         """What the model returns for a batch, with these parameters and buffers."""

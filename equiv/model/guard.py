@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from equiv.errors import UnsupportedModelError
+from equiv.model.packed import unpacked
 
 # Settings of a configuration, in Transformers' words, whose choices may have no
 # forward-mode derivative of their own, those that have none, and what computes the same
@@ -98,6 +99,9 @@ def kept(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
                 buffer.copy_(copy)
 
 
+# Methods of quantisation whose tensors give their values back: see `packed.py`.
+_GIVE_BACK = ("torchao",)
+
 _WRAPPERS = {
     "PeftModel": "model.get_base_model()",
     "OptimizedModule": "model._orig_mod",
@@ -146,7 +150,7 @@ def check_finite(model: nn.Module) -> None:
         UnsupportedModelError: If there are any.
     """
     for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(unpacked(tensor)).all()):
             raise UnsupportedModelError(
                 f"`{name}` of the model has NaN or infinite entries: nothing can be "
                 "measured on it. Did the training of this model diverge?"
@@ -174,11 +178,14 @@ def _check_not_quantised(model: nn.Module) -> None:
         ),
         None,
     )
-    if method is not None or wrong is not None or quantised is not None:
+    known = method is None or method in _GIVE_BACK
+    if not known or wrong is not None or quantised is not None:
         found = method or f"`{wrong or quantised}`"
+        can = str(method).startswith("bitsandbytes") and hasattr(model, "dequantize")
+        copy = "`model.dequantize()`" if can else "a dequantised copy"
         raise UnsupportedModelError(
             f"The model is quantised ({found}): its weights have no derivative. "
-            "Measure the model it was quantised from, or a dequantised copy."
+            f"Measure the model it was quantised from, or {copy}."
         )
 
 

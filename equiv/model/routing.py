@@ -21,6 +21,7 @@ from equiv.model.blocks import Blocks
 from equiv.model.families import find_blocks
 from equiv.model.guard import measured
 from equiv.model.inputs import from_inputs
+from equiv.model.packed import unpacked
 from equiv.model.precision import arithmetic
 
 Routing = dict[int, Tensor]  # layer → bool [tokens, experts]: the chosen ones
@@ -167,7 +168,7 @@ def flipped_shares(
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+    return unpacked(tensor).to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _routed(

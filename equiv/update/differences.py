@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from equiv.errors import UpdateError, UpdateMismatchError
+from equiv.model.packed import unpacked
 from equiv.update.entries import Deferred, Entry, not_finite
 from equiv.update.low_rank import Delta
 from equiv.update.shards import Shards
@@ -50,7 +51,7 @@ def _entry(
     norm: float,
 ) -> Entry:
     def read() -> Tensor:
-        weight, other = base[name].detach(), tuned[name].detach()
+        weight, other = unpacked(base[name]), unpacked(tuned[name])
         if isinstance(tuned, Shards):  # a live base says where its weights are
             other = other.to(weight.device)
         return other.double() - weight.double().to(other.device)
@@ -60,7 +61,7 @@ def _entry(
 
 def _apart(name: str, weight: Tensor, other: Tensor) -> tuple[float, float] | None:
     """Norms of the difference and of the base; `None` where the two are equal."""
-    weight, other = weight.detach(), other.detach()
+    weight, other = unpacked(weight), unpacked(other)
     if not weight.is_floating_point() or not other.is_floating_point():
         _check_integers(name, weight, other)
         return None

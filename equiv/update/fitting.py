@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from equiv.errors import UpdateError, UpdateMismatchError
+from equiv.model.packed import unpacked
 from equiv.update.entries import Deferred, mapped, norm_at, shape_at, some
 from equiv.update.low_rank import Delta, LowRank, norm_of
 from equiv.update.ties import aliases, same, tied_error
@@ -83,7 +84,7 @@ def _check_differences(
     for name, delta in deltas.items():
         if isinstance(delta, LowRank):
             return
-        weight = own[name].detach().double()
+        weight = unpacked(own[name]).double()
         square += float((delta.to(weight) - weight).square().sum())
     apart = math.sqrt(square) / whole
     if apart <= _LOOKS_LIKE_WEIGHTS:

@@ -11,6 +11,7 @@ from equiv.model.batches import Batch
 from equiv.model.drawn import random_inputs, sampled
 from equiv.model.families import is_pair
 from equiv.model.inputs import are_texts, from_inputs
+from equiv.model.packed import unpacked
 from equiv.update.low_rank import LowRank
 from equiv.update.update import Update
 
@@ -43,7 +44,7 @@ def _samples(model: nn.Module, update: Update, seed: int) -> Tensor:
         )
     base = {name: p.detach() for name, p in model.named_parameters()}
     moved = {
-        name: base[name]
+        name: unpacked(base[name])
         + (delta.dense() if isinstance(delta, LowRank) else delta).to(base[name].dtype)
         for name, delta in update.deltas.items()
     }

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equiv.model.packed import unpacked
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -63,4 +65,4 @@ def norm_of(delta: Delta) -> float:
     """Frobenius norm of a dense or low-rank difference, summed in float64."""
     if isinstance(delta, LowRank):
         return float(delta.norm())
-    return float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(unpacked(delta), dtype=torch.float64))

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from equiv.model.packed import unpacked
 from equiv.update.adapters import base_of, clean, is_own, is_peft
 from equiv.update.entries import factored_at
 from equiv.update.low_rank import Delta, LowRank
@@ -119,7 +120,7 @@ def _part(deltas: Mapping[str, Delta], name: str, part: str) -> Tensor:
 
 def _rounded(tensor: Tensor) -> Tensor:
     """A weight as digests of models know it, whatever its floating dtype."""
-    tensor = tensor.detach()
+    tensor = unpacked(tensor)
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
