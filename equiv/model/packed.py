@@ -14,6 +14,7 @@ def is_packed(tensor: Tensor) -> bool:
     """Whether this is of a kind with a `dequantize` of its own.
 
     Example:
+        >>> import torch
         >>> is_packed(torch.ones(2)), is_packed(nn.Parameter(torch.ones(2)))
         (False, False)
     """
@@ -25,6 +26,7 @@ def unpacked(tensor: Tensor) -> Tensor:
     """The values of a tensor, without its history; itself, if it is not packed.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(2)
         >>> torch.equal(unpacked(x), x)
         True
