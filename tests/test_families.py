@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import equiv
+from benchmarks.readme import README, filled
 from benchmarks.support_table import BESIDE, Family, Row, markdown
 from benchmarks.support_witness import PLACES
 from equiv.model.known_families import FAMILIES, TABLE
@@ -69,6 +70,7 @@ def test_the_recorded_table_is_of_these_families_and_green() -> None:
     assert [row.family for row in rows] == sorted(EVERY_FAMILY)
     assert all(row.green for row in rows)
     assert markdown(rows) == RECORDED.with_suffix(".md").read_text()
+    assert README.read_text() == filled(README.read_text())
 
 
 def test_a_row_that_is_wrong_is_not_green() -> None:
