@@ -66,7 +66,6 @@ def test_commands_exist() -> None:
         r"(--[\w-]+)", "".join(re.findall(r"^    equiv .*", text, re.M))
     ):
         commands = "".join(
-            (README.parent / "equiv/cli" / name).read_text()
-            for name in ("commands.py", "steering.py")
+            file.read_text() for file in (README.parent / "equiv/cli").glob("*.py")
         )
         assert option in commands or f"{option[2:].replace('-', '_')}:" in commands
