@@ -44,8 +44,9 @@ class Blocks:
 
     def known(self, layer: int) -> Architecture:
         """How block `layer` is built."""
-        inside = self.encoder is not None and layer < self.first
-        return self.encoder.architecture if inside else self.architecture  # type: ignore[union-attr]
+        if self.encoder is not None and layer < self.first:
+            return self.encoder.architecture
+        return self.architecture
 
     def name(self, layer: int) -> str:
         """The name of block `layer` among the model's modules."""
