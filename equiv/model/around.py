@@ -18,7 +18,7 @@ from equiv.model.blocks import Blocks
 from equiv.model.guard import kept
 from equiv.model.memory import packed, parted
 from equiv.model.packed import unpacked
-from equiv.model.stubs import Calls, ReachedBlocks, stubs
+from equiv.model.stubs import Calls, ReachedBlocks, reached, stubs
 
 
 class Around:
@@ -75,13 +75,13 @@ class Around:
         """From what the encoder's blocks give to what the decoder's are given."""
         encoder, decoder = self.stacks
         with stubs(encoder, enter=hidden), stubs(decoder, record):
-            reached = self._reached(tensors, batch)
-        if reached.memory is None:
+            found = self._reached(tensors, batch)
+        if found.memory is None:
             raise UnsupportedModelError(
                 f"The decoder of {type(self.model).__name__} is not given what its "
                 "encoder returns: pass the stack that the update is in."
             )
-        return packed(reached.memory, reached.hidden)
+        return packed(found.memory, found.hidden)
 
     def head(
         self,
@@ -149,10 +149,4 @@ class Around:
 
     def _reached(self, tensors: Mapping[str, Tensor], batch: int) -> ReachedBlocks:
         """What the stubs of the blocks are given."""
-        try:
-            self.forward(tensors, batch)
-        except ReachedBlocks as reached:
-            return reached
-        raise UnsupportedModelError(
-            f"{type(self.model).__name__} does not run its blocks in `forward`."
-        )
+        return reached(self.model, lambda: self.forward(tensors, batch))

@@ -26,6 +26,21 @@ class ReachedBlocks(Exception):
         self.hidden, self.memory = hidden, memory
 
 
+def reached(model: nn.Module, run: Callable[[], object]) -> ReachedBlocks:
+    """What the last stub is given, in a run of a model.
+
+    Raises:
+        UnsupportedModelError: If the run does not come to it.
+    """
+    try:
+        run()
+    except ReachedBlocks as found:
+        return found
+    raise UnsupportedModelError(
+        f"{type(model).__name__} does not run its blocks in `forward`."
+    )
+
+
 @contextmanager
 def stubs(
     blocks: Blocks, record: Calls | None = None, enter: Tensor | None = None

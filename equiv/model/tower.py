@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equiv.errors import EquivError, InputsError, UnsupportedModelError
+from equiv.errors import EquivError, InputsError
 from equiv.model.blocks import Blocks
 from equiv.model.families import find_blocks
 from equiv.model.guard import measured
-from equiv.model.stubs import ReachedBlocks, stubs
+from equiv.model.stubs import reached, stubs
 
 
 def tokens_of(
@@ -56,14 +56,8 @@ def tokens_of(
 
 def _reached(model: nn.Module, blocks: Blocks, arguments: Mapping[str, Any]) -> Tensor:
     """The stream that the blocks are given."""
-    try:
-        with measured(model), stubs(blocks):
-            model(**arguments)
-    except ReachedBlocks as reached:
-        return reached.hidden
-    raise UnsupportedModelError(
-        f"{type(model).__name__} does not run its blocks in `forward`."
-    )
+    with measured(model), stubs(blocks):
+        return reached(model, lambda: model(**arguments)).hidden
 
 
 def _first_row(
