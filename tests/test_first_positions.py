@@ -1,5 +1,6 @@
 """Figures with and without first positions, against the whole model by hand."""
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from equiv.model.precision import arithmetic
 from equiv.model.stages import staged
 from equiv.report.html import to_html
 from equiv.report.report import Report
-from equiv.report.values import Row, Scope
+from equiv.report.values import FirstPosition, Row, Scope
 from equiv.shift.calculus import Selection
 from equiv.shift.table import Table
 from equiv.shift.traces import Trace
@@ -141,3 +142,8 @@ def test_without_positions_there_is_nothing_to_leave_out() -> None:
     assert all(row.rest is None for row in rows)
     assert found.first_positions == ()
     assert "attention sink" not in str(found)
+
+
+@pytest.mark.parametrize(("first", "rest", "times"), [(9.0, 3.0, 3.0), (1.0, 0.0, inf)])
+def test_how_many_times_as_large(first: float, rest: float, times: float) -> None:
+    assert FirstPosition(0, first, rest, sink=True).times == times

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from equiv.report.naming import place
-from equiv.report.numbers import counted, percent, scale
+from equiv.report.numbers import counted, figure, percent
 from equiv.report.values import Row, Scope
 from equiv.steering.fits.sinks import SINK
 
@@ -20,19 +20,19 @@ def first_positions(report: "Report") -> Iterator[str]:
     """Whether there is a sink, and what the remainder is without first positions."""
     if not report.first_positions:
         return
-    largest = max(report.first_positions, key=lambda p: p.norm_first / p.norm_rest)
-    times = f"{scale(largest.norm_first / largest.norm_rest)} ×"
+    largest = max(report.first_positions, key=lambda position: position.times)
+    times = f"{figure(largest.times, 2)} ×"
     layers = [p.layer for p in report.first_positions if p.sink]
     if layers:
         yield (
             f"There is an attention sink after {_named(layers)}: at the first position "
-            f"the stream is up to {times} as large as elsewhere. Fits leave that "
-            "position out there; remainders and radii do not."
+            f"the stream is up to {times} as large as elsewhere. Fits leave it out "
+            "in every batch where it is so; remainders and radii do not."
         )
     else:
         yield (
             "There is no attention sink: at the first position the stream is at most "
-            f"{times} as large as elsewhere (a sink is more than {scale(SINK)} ×)."
+            f"{times} as large as elsewhere (a sink is more than {SINK:g} ×)."
         )
     row = max(told_apart(report), key=_base_change, default=None)
     if row is not None and row.rest is not None and _base_change(row) > 0:

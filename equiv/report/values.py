@@ -6,6 +6,7 @@ Relative remainders, misfits and shares are fractions, not percent. KL is in nat
 unmasked token. Norms are Frobenius norms over unmasked tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 from equiv.behaviour.spectra import Spectrum
@@ -62,6 +63,11 @@ class FirstPosition:
     norm_first: float
     norm_rest: float
     sink: bool
+
+    @property
+    def times(self) -> float:
+        """How many times as large it is at first positions."""
+        return self.norm_first / self.norm_rest if self.norm_rest else math.inf
 
 
 @dataclass(frozen=True)
