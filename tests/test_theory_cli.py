@@ -88,6 +88,7 @@ def test_texts_come_with_their_tokenizer(mine: Path, tmp_path: Path) -> None:
         (["1", "--inputs", "texts.txt"], "--inputs needs MODEL"),
         (["none.py"], "Python file"),
         (["1", "--norm", "maximum"], "norm"),
+        (["1", "--train"], "none of these claims reads results"),
         (["1", "--json", "nowhere/found.json"], "no folder"),
     ],
 )

@@ -145,6 +145,8 @@ def _train(chosen: Sequence["Claim"], folder: Path | None) -> None:
 
     known = study.studies()
     names = list(dict.fromkeys(claim.study for claim in chosen if claim.study))
+    if not names:
+        raise ArgumentError("--train: none of these claims reads results of training.")
     minutes = sum(known[name].minutes for name in names)
     typer.echo(
         f"Training for {', '.join(names)}: about {minutes:.0f} minutes", err=True
