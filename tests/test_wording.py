@@ -210,7 +210,9 @@ def test_the_meaning_is_never_empty(name: str) -> None:
     row, oracle = best(report), exact_oracle(report)
     if any("price of the form" in line for line in said):
         assert row and oracle and 0 < (row.recovered or 0) < (oracle.recovered or 0)
-    nothing = dataclasses.replace(report, rows=(), fits=(), behaviour=(), notes=())
+    nothing = dataclasses.replace(
+        report, rows=(), fits=(), behaviour=(), first_positions=(), notes=()
+    )
     assert meaning(nothing) == [
         "No layer and site could be judged: nothing was measured."
     ]
