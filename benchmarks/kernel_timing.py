@@ -65,6 +65,22 @@ def timed(
     return {name: Time.of(own) for name, own in seconds.items()}
 
 
+def dispatched(call: Callable[[], object], device: str, calls: int = 200) -> float:
+    """Microseconds of the host per call, as a device that is never waited for sees it.
+
+    On a CPU the work itself is among them.
+    """
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    call()
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    spent = time.perf_counter() - started
+    synchronize()
+    return round(1e6 * spent / calls, 2)
+
+
 def copy_bandwidth(device: str, rounds: int) -> float:
     """Bytes per second of the fastest copy: the ceiling of everything else."""
     source = torch.zeros(2**28 if device == "cpu" else 2**30, dtype=torch.uint8)

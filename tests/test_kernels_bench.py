@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.bench_kernels import targets
 from benchmarks.kernel_bytes import launches_of
+from benchmarks.kernel_timing import dispatched
 from equiv import kernels
 
 pytest.importorskip("triton")
@@ -53,6 +56,18 @@ def test_floors_are_counted_by_hand() -> None:
     assert found.floor == 2 * 10 * 8 * 2 + 8 * 2 + 2 * 4
     found = launches_of(lambda: kernels.candidate_shifts(h, up[:, 0]))
     assert found.floor == (1 + 3) * 20 * 8 * 2 + 3 * 8 * 2
+
+
+def test_targets_are_judged_one_way_or_the_other() -> None:
+    row = {"over": {"eager gather + bmm": 2.6}, "of_floor": 0.1}
+    found = targets("low rank, decode", row, 8.5)
+    assert {name: own["met"] for name, own in found.items()} == {
+        "eager gather + bmm": True,
+        "microseconds": False,
+    }
+    assert targets("low rank, decode", row, 7.5)["microseconds"]["met"]
+    assert not targets("candidates", row, 1.0)["floor"]["met"]
+    assert dispatched(lambda: time.sleep(1e-3), "cpu", 3) >= 1000
 
 
 def test_readme_has_the_figures_of_the_results() -> None:
