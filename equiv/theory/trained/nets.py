@@ -55,9 +55,9 @@ class Recipe:
 
     width: int = 64
     layers: int = 4
-    base: Training = Training(1000, 128, 3e-3)
-    full: Training = Training(300, 128, 5e-4)
-    lora: Training = Training(300, 128, 2e-3)
+    base: Training = Training(1200, 64, 3e-3)
+    full: Training = Training(400, 64, 5e-4)
+    lora: Training = Training(400, 64, 2e-3)
     scored: int = 1000
 
 
