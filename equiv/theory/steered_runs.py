@@ -1,0 +1,184 @@
+"""The tuned model at any scale of the update, and the base under steering: outputs.
+
+Both are paths: functions of the scale t from batches to outputs. Their derivatives in
+t are had by forward mode, their second ones by central differences of these, never by
+nested `jvp`, which is silently wrong through `F.layer_norm`.
+
+    tuned(t)      the model at W + tΔW
+    steered(t)    the base with t · s_l(h̃_l) added at block_out of each steered block
+
+`s_l` is a `Steering`, or a tensor laid out like those of `setting.shifts`: an offset
+per token, whatever the state h̃_l of the steered run is there.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from equiv.errors import UnsupportedModelError
+from equiv.model.batches import Batch
+from equiv.model.factors import UnusedFactorsError
+from equiv.model.families import find_blocks
+from equiv.model.guard import measured
+from equiv.model.sites import LOGITS
+from equiv.model.stages import Stage, StagedModel, staged
+from equiv.shift.derivative import derived
+from equiv.shift.measures import counted
+from equiv.shift.stage_update import StageUpdate, low_rank_names
+from equiv.steering.forms.form import Steering
+from equiv.theory.setting import Setting
+from equiv.update.update import Update
+
+# (batch, t, step): the output at t + step, where only the step may carry a tangent.
+Path = Callable[[int, float, Tensor], Tensor]
+# A central difference is off by e²/6 times the third derivative of what is differenced,
+# and by 1e-16 / e of rounding: both near 1e-9 where derivatives are of one size.
+STEP = 2.0**-14
+# Many scales and several steers are run on this much of the setting's few.
+TOKENS = 512
+
+
+class Runs:
+    """Outputs of one model on few tokens; use `runs(setting)`.
+
+    Attributes:
+        cut: The model, ready to be run.
+        base: Its output, batch by batch.
+    """
+
+    def __init__(self, cut: StagedModel, low: set[str], rows: Sequence[int]) -> None:
+        self.cut, self._low, self._rows = cut, low, list(rows)
+        self._tensors = [cut.tensors(stage) for stage in cut.stages]
+        path = self.steered({})
+        self.base = [output(path, batch, 0.0) for batch in self.batches]
+
+    @property
+    def classes(self) -> bool:
+        """Whether outputs are logits of several classes."""
+        return self.cut.output_site == LOGITS and self.base[0].shape[-1] > 1
+
+    @property
+    def batches(self) -> range:
+        """Indices of the batches."""
+        return range(len(self.cut.batches))
+
+    def tuned(self, update: Update) -> Path:
+        """The model at W + tΔW."""
+        try:
+            return self._tuned(update)
+        except UnusedFactorsError as unused:
+            # The weight is used in some way that a hook cannot see: make it dense.
+            self._low -= unused.names
+            return self.tuned(update)
+
+    def _tuned(self, update: Update) -> Path:
+        stages = self.cut.stages
+        changes = [StageUpdate(self.cut, stage, update, self._low) for stage in stages]
+
+        def path(batch: int, t: float, step: Tensor) -> Tensor:
+            hidden = None
+            for stage, own, change in zip(stages, self._tensors, changes, strict=True):
+                moved = {n: own[n] + (t + step) * d for n, d in change.dense.items()}
+                hidden, _ = self.cut.run(
+                    stage,
+                    {**own, **moved},
+                    hidden,
+                    batch,
+                    low=change.low,
+                    scale=t + step,
+                    at=t,
+                )
+            assert hidden is not None
+            return hidden
+
+        path(0, 1.0, torch.zeros(()))  # finds out about factors
+        return path
+
+    def steered(self, steers: Mapping[int, Steering | Tensor]) -> Path:
+        """The base with t times a steer added at block_out of some layers."""
+
+        def path(batch: int, t: float, step: Tensor) -> Tensor:
+            hidden = None
+            for stage, own in zip(self.cut.stages, self._tensors, strict=True):
+                steer = None
+                if stage.name == "block" and stage.layer in steers:
+                    shift = self._shift(steers[stage.layer], stage, batch)
+                    steer = {"block_out": lambda h, s=shift: (t + step) * s(h)}
+                hidden, _ = self.cut.run(stage, own, hidden, batch, steer=steer)
+            assert hidden is not None
+            return hidden
+
+        return path
+
+    def counted(self, output: Tensor, batch: int) -> Tensor:
+        """The output at the tokens that count, [tokens, d]."""
+        return counted(output, self.cut.batches[batch].mask)
+
+    def _shift(
+        self, steer: Steering | Tensor, stage: Stage, batch: int
+    ) -> Callable[[Tensor], Tensor]:
+        if isinstance(steer, Steering):
+            return steer
+        index = [self._rows.index(n) for n in self.cut.batches[batch].index]
+        own = steer[index, : self.cut.mask(stage, batch).shape[1]]
+        return lambda _: own
+
+
+@contextmanager
+def runs(setting: Setting) -> Iterator[Runs]:
+    """The setting's model on its few tokens, in float64; it is left as it is.
+
+    Raises:
+        UnsupportedModelError: If it has no blocks.
+    """
+    model = setting.model
+    if find_blocks(model) is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no blocks, so nothing is steered at block_out."
+        )
+    low = low_rank_names(model, setting.update)
+    rows = sorted(n for batch in setting.few for n in batch.index)
+    batches = _whole(setting.few)
+    dtype, sites = torch.float64, ("block_out",)
+    with (
+        measured(model),
+        staged(model, batches, dtype, sites=sites, low_names=low) as cut,
+    ):
+        yield Runs(cut, set(low), rows)
+
+
+def output(path: Path, batch: int, t: float) -> Tensor:
+    """What a path gives at a scale."""
+    return path(batch, t, torch.zeros((), dtype=torch.float64))
+
+
+def slope(path: Path, batch: int, t: float = 0.0) -> Tensor:
+    """Its derivative there."""
+    zero = torch.zeros((), dtype=torch.float64)
+    along = torch.ones_like(zero)
+    return derived(lambda step: path(batch, t, step), (zero,), (along,))[1]
+
+
+def bend(path: Path, batch: int, step: float = STEP) -> Tensor:
+    """Its second derivative at t = 0."""
+    ahead, behind = slope(path, batch, step), slope(path, batch, -step)
+    return (ahead - behind) / (2 * step)
+
+
+def _whole(batches: Sequence[Batch]) -> list[Batch]:
+    """Whole sequences, the first ones, of at most `TOKENS` tokens, but at least one.
+
+    Offsets belong to tokens of whole sequences: none is cut.
+    """
+    picked, room = [], TOKENS
+    for batch in batches:
+        rows = []
+        for row, count in enumerate(batch.counts):
+            if count <= room or room == TOKENS:
+                rows.append(row)
+                room -= count
+        if rows:
+            picked.append(batch.select(rows))
+    return picked
