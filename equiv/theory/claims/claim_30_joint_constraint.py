@@ -8,12 +8,11 @@ from torch.nn.functional import silu
 
 from equiv.theory.judging import identity, relative
 from equiv.theory.registry import claim
+from equiv.theory.subspaces import projector
 from equiv.theory.toys import Draw, glu, rms_norm
 from equiv.theory.values import AsWritten, ClaimResult, Verdict
 
 WIDTH, INNER, RANK, TOKENS = 12, 24, 3, 10
-# Of the largest singular value: what is smaller is rounding, not a direction.
-NOTHING = 1e-10
 
 
 @claim(
@@ -72,13 +71,6 @@ def joint_constraint(seed: int) -> ClaimResult:
         },
         as_written=_as_written(),
     )
-
-
-def projector(written: Tensor) -> Tensor:
-    """1 − V Vᵀ off the columns of B, [d, d]."""
-    left, sizes, _ = torch.linalg.svd(written, full_matrices=False)
-    basis = left[:, sizes > NOTHING * sizes[0]] if sizes[0] > 0 else left[:, :0]
-    return torch.eye(len(written), dtype=written.dtype) - basis @ basis.T
 
 
 def _as_written() -> AsWritten:
