@@ -16,13 +16,14 @@ Value = Any
 
 
 def sentence(text: str) -> str:
-    """The text with a capital at its beginning.
+    """The text with a capital at its beginning, unless that is the name of a site.
 
     Example:
-        >>> sentence("the shift"), sentence("W_d alone")
-        ('The shift', 'W_d alone')
+        >>> sentence("the shift"), sentence("mlp_out is blind")
+        ('The shift', 'mlp_out is blind')
     """
-    return text[:1].upper() + text[1:]
+    name = "_" in text.split(maxsplit=1)[0] if text else False
+    return text if name else text[:1].upper() + text[1:]
 
 
 class Verdict(StrEnum):

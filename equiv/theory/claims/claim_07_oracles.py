@@ -6,12 +6,25 @@ from torch import Tensor
 
 from equiv.theory.judging import identity, relative
 from equiv.theory.registry import claim
-from equiv.theory.toy_blocks import Block, adding, draw_block, kl, run, traced
+from equiv.theory.toy_blocks import (
+    Block,
+    Steer,
+    adding,
+    draw_block,
+    keep,
+    kl,
+    run,
+    traced,
+)
 from equiv.theory.toys import Draw
 from equiv.theory.values import AsWritten, ClaimResult, Verdict
 
-WIDTH, TOKENS, LAYERS, VOCABULARY = 8, 6, 3, 11
+WIDTH, TOKENS, LAYERS, VOCABULARY = 8, 6, 6, 11
 SMALL = 2.0**-8
+SITE = "block_out"
+
+# Layer → the state after that block, [tokens, d].
+Stream = dict[int, Tensor]
 
 
 @claim(
@@ -34,56 +47,69 @@ SMALL = 2.0**-8
     """,
 )
 def oracles(seed: int) -> ClaimResult:
-    """Three blocks; a small update, and one a third as large as the weights."""
+    """Six blocks; a small update, and one a third as large as the weights."""
     draw = Draw(seed)
     base = [draw_block(draw, WIDTH) for _ in range(LAYERS)]
     change = [draw_block(draw, WIDTH) for _ in range(LAYERS)]
     h, head = draw.normal(TOKENS, WIDTH), draw.normal(VOCABULARY, WIDTH)
 
+    def tuned(scale: float) -> list[Block]:
+        return [b.plus(c, scale) for b, c in zip(base, change, strict=True)]
+
     def kl_ratio(scale: float) -> float:
-        tuned = [b.plus(c, scale) for b, c in zip(base, change, strict=True)]
-        target, plain = run(tuned, h) @ head.T, run(base, h) @ head.T
-        steered = simultaneous(base, tuned, h) @ head.T
+        target, plain = run(tuned(scale), h) @ head.T, run(base, h) @ head.T
+        steered = simultaneous(base, tuned(scale), h)[LAYERS - 1] @ head.T
         return kl(target, steered) / kl(target, plain)
 
-    tuned = [b.plus(c, 0.3) for b, c in zip(base, change, strict=True)]
-    target = run(tuned, h)
-    large, small = kl_ratio(0.3), kl_ratio(SMALL)
+    plain, target = stream(base, h), stream(tuned(0.3), h)
+    overwritten = sequential(base, tuned(0.3), h)
+    added = simultaneous(base, tuned(0.3), h)
+    last = LAYERS - 1
     return identity(
-        {"sequential against tuned": relative(sequential(base, tuned, h), target)},
+        {"sequential against tuned": relative(overwritten[last], target[last])},
         "The sequential oracle is the tuned run",
-        differ={
-            "simultaneous against tuned": relative(simultaneous(base, tuned, h), target)
-        },
+        differ={"simultaneous against tuned": relative(added[last], target[last])},
         evidence={
-            "simultaneous KL over unsteered KL, large update": large,
-            "simultaneous KL over unsteered KL, small update": small,
+            "simultaneous KL over unsteered KL, large update": kl_ratio(0.3),
+            "simultaneous KL over unsteered KL, small update": kl_ratio(SMALL),
+            "simultaneous, by block": _distances(added, plain, target),
+            "sequential, by block": _distances(overwritten, plain, target),
         },
         as_written=_as_written(),
     )
 
 
-def sequential(base: Sequence[Block], tuned: Sequence[Block], h: Tensor) -> Tensor:
+def stream(blocks: Sequence[Block], h: Tensor, steer: Steer = keep) -> Stream:
+    """The state after every block."""
+    found = traced(blocks, h, steer)
+    return {layer: state for (layer, site), state in found.items() if site == SITE}
+
+
+def sequential(base: Sequence[Block], tuned: Sequence[Block], h: Tensor) -> Stream:
     """Offsets from the state of the steered run."""
-    target = traced(tuned, h)
+    target = stream(tuned, h)
 
     def steer(layer: int, site: str, activation: Tensor) -> Tensor:
-        if site != "block_out":
+        if site != SITE:
             return activation
-        return activation + (target[layer, site] - activation)
+        return activation + (target[layer] - activation)
 
-    return run(base, h, steer)
+    return stream(base, h, steer)
 
 
-def simultaneous(base: Sequence[Block], tuned: Sequence[Block], h: Tensor) -> Tensor:
+def simultaneous(base: Sequence[Block], tuned: Sequence[Block], h: Tensor) -> Stream:
     """Offsets of the unsteered run, at every block at once."""
-    before, after = traced(base, h), traced(tuned, h)
-    offsets = {
-        (layer, site): after[layer, site] - before[layer, site]
-        for layer, site in before
-        if site == "block_out"
-    }
-    return run(base, h, adding(offsets))
+    before, after = stream(base, h), stream(tuned, h)
+    offsets = {(layer, SITE): after[layer] - before[layer] for layer in before}
+    return stream(base, h, adding(offsets))
+
+
+def _distances(steered: Stream, plain: Stream, target: Stream) -> list[float]:
+    """How far from the tuned state: 1 is as far as without steering."""
+    return [
+        float((steered[n] - target[n]).norm() / (plain[n] - target[n]).norm())
+        for n in target
+    ]
 
 
 def _as_written() -> AsWritten:

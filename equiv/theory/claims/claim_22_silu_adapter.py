@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from equiv.report.numbers import figure
 from equiv.theory.judging import identity, relative
 from equiv.theory.registry import claim
 from equiv.theory.toys import Draw
@@ -52,7 +53,8 @@ def silu_adapter(seed: int) -> ClaimResult:
             "U = 0 against no steering": float((start - h).abs().max()),
             "rate against 1": max(0.0, max(abs(r - 1) for r in rates) - SLOPE),
         },
-        "Half the linear adapter, relative deviation proportional to its input",
+        f"Half the linear adapter, within {figure(deviations[-1])} of it at inputs of "
+        f"size {figure(SCALES[-1])}",
         evidence={
             "rates by halving": rates,
             "scales": list(SCALES),

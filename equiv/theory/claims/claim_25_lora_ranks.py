@@ -57,7 +57,9 @@ def lora_ranks(seed: int) -> ClaimResult:
         evidence[f"{case}: rank"] = found
     normed = ranks(Draw(seed), 1, 1, post_norm=True)
     equal["down behind a norm: short of full"] = float(WIDTH - normed["down"])
-    says = "No rank above its bound, the others full"
+    found = evidence[f"{HEADS} value heads, r = 3: rank"]
+    named = ", ".join(f"{name} {n}" for name, n in found.items())
+    says = f"No rank above its bound, the others full; LoRA of rank 3 moves {named}"
     return identity(equal, says, evidence=evidence)
 
 

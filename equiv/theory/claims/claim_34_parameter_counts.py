@@ -112,7 +112,11 @@ def parameter_counts() -> ClaimResult:
     printed = table["Gemma-3-1B"]["LoRA r8, %"]
     return identity(
         gaps,
-        "Formulas and counted modules agree",
+        "Formulas and counted modules agree; block_out r8 against LoRA r8: "
+        + "; ".join(
+            f"{name} {t['block_out r8, %']} % and {t['LoRA r8, %']} %"
+            for name, t in table.items()
+        ),
         evidence=table,
         as_written=AsWritten(
             Verdict.HOLDS if round(printed, 2) == 0.45 else Verdict.FAILS,

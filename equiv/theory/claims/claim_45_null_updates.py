@@ -16,7 +16,7 @@ WIDTH, INNER, TOKENS = 8, 16, 6
 
 @claim(
     45,
-    title="q and k do nothing at the first position; rescalings do nothing anywhere",
+    title="W_q, W_k do nothing at the first position; rescalings do nothing anywhere",
     formula="ΔW_u = D W_u, ΔW_d = −W_d D: Dy[ΔW] = 0; likewise W_v with W_o, γ with W",
     assumptions="causal attention; D diagonal, for values one number per head of them",
     source="this project",

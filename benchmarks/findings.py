@@ -1,0 +1,149 @@
+"""docs/findings.md: what testing the theory found, written from results.
+
+    equiv claims --json benchmarks/results/claims.json
+    python -m benchmarks.findings
+
+The words are in `templates/findings/`, one file per section, without a number in them:
+those come from the results. A section names the claims that it rests on, as
+`holds(18)` or `fails_as_written(18)`, and nothing is written if one was judged
+otherwise. A section that rests on a claim not among the results is left out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from benchmarks.findings_pictures import PICTURES, drawn
+from benchmarks.findings_results import AbsentError, Results, read
+from equiv.report.numbers import between, counted, figure, percent
+from equiv.report.prose import joined
+from equiv.theory.text import shown
+from equiv.theory.trained import study
+from equiv.theory.values import sentence
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "findings.md"
+FOLDER = ROOT / "docs" / "findings"
+TEMPLATES = ROOT / "benchmarks" / "templates" / "findings"
+
+# The sections of each part of the document, in their order.
+PARTS: Mapping[str, Sequence[str]] = {
+    "opening": ("opening_oracle",),
+    "wrong": ("projector", "fixed_vectors", "constraint"),
+    "seen": ("oracles",),
+}
+
+
+def command(*numbers: int) -> str:
+    """What to type to see claims and their figures.
+
+    Example:
+        >>> command(18), command(18, 19)
+        ('`equiv claims 18 --explain`', '`equiv claims 18 19 --explain`')
+    """
+    return f"`equiv claims {' '.join(map(str, numbers))} --explain`"
+
+
+def picture(name: str, says: str) -> str:
+    """A picture of docs/findings/, with words for those who do not see it."""
+    if name not in PICTURES:
+        raise KeyError(name)
+    return f"![{says}]({FOLDER.name}/{name}.svg)"
+
+
+def cell(text: str) -> str:
+    """Text that a cell of a table can hold: one line, its bars escaped."""
+    return " ".join(text.replace("|", r"\|").split())
+
+
+def figures(values: Mapping[str, Any]) -> str:
+    """Names and figures in one line.
+
+    Example:
+        >>> figures({"x′": 1.0, "y": [1.0, -2.0]})
+        'x′ = 1; y = (1, −2)'
+    """
+    return "; ".join(f"{name} = {vector(value)}" for name, value in values.items())
+
+
+def vector(value: Any) -> str:
+    """A figure, or a list of them in brackets."""
+    text = shown(value)
+    return f"({text})" if isinstance(value, list) else text
+
+
+def flowing(section: str) -> str:
+    """A section with each paragraph on one line, figures kept with their units."""
+    paragraphs = [" ".join(part.split()) for part in section.split("\n\n")]
+    return joined("\n\n".join(filter(None, paragraphs)))
+
+
+def environment(results: Results) -> jinja2.Environment:
+    """Templates, with the results and their figures as words."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {
+        "figure": figure,
+        "percent": percent,
+        "between": lambda ends: between(*ends),
+        "counted": counted,
+        "vector": vector,
+        "figures": figures,
+        "sentence": sentence,
+        "cell": cell,
+    }
+    made.globals |= {
+        "claim": results.claim,
+        "holds": results.holds,
+        "fails": results.fails,
+        "fails_as_written": results.fails_as_written,
+        "command": command,
+        "picture": picture,
+        "study": study.results,
+    }
+    return made
+
+
+def document(results: Results) -> str:
+    """The text of docs/findings.md.
+
+    Raises:
+        ContradictionError: If words say of a claim what the results do not.
+    """
+    templates = environment(results)
+    parts = {part: list(_written(templates, names)) for part, names in PARTS.items()}
+    whole = templates.get_template("findings.md.j2")
+    return whole.render(
+        parts,
+        claims=results.claims,
+        others=list(results.listed()),
+        answer=results.answer,
+    )
+
+
+def _written(templates: jinja2.Environment, names: Sequence[str]) -> Iterator[str]:
+    """The sections whose claims are there."""
+    for name in names:
+        try:
+            yield flowing(templates.get_template(f"{name}.md.j2").render())
+        except AbsentError:
+            continue
+
+
+def main() -> None:
+    results = read()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in drawn(results).items():
+        (FOLDER / f"{name}.svg").write_text(text)
+    DOCUMENT.write_text(document(results))
+
+
+if __name__ == "__main__":
+    main()
