@@ -141,6 +141,13 @@ def slope(phi: Activation, x: Tensor) -> Tensor:
     return jvp(phi, (x,), (torch.ones_like(x),))[1]
 
 
+def glu_slopes(w: Weights, u: Tensor, phi: Activation = silu) -> tuple[Tensor, Tensor]:
+    """J = diag(φ′(a_g) ⊙ a_u) W_g + diag(φ(a_g)) W_u, [tokens, f, d], and A = W_d J."""
+    gate, up = linear(u, w.gate, w.gate_bias), linear(u, w.up, w.up_bias)
+    inner = (slope(phi, gate) * up)[..., None] * w.gate + phi(gate)[..., None] * w.up
+    return inner, w.down @ inner
+
+
 def derivative(run: Callable[[T], Tensor], at: T, along: T) -> Tensor:
     """The derivative of a function of weights along an update, by forward mode."""
 
