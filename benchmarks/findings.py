@@ -31,8 +31,8 @@ TEMPLATES = ROOT / "benchmarks" / "templates" / "findings"
 # The sections of each part of the document, in their order.
 PARTS: Mapping[str, Sequence[str]] = {
     "opening": ("opening_oracle",),
-    "wrong": ("projector", "fixed_vectors", "constraint"),
-    "seen": ("oracles",),
+    "wrong": ("projector", "unreachable", "fixed_vectors", "constraint"),
+    "seen": ("reach", "oracles"),
 }
 
 
@@ -76,8 +76,9 @@ def vector(value: Any) -> str:
 
 def flowing(section: str) -> str:
     """A section with each paragraph on one line, figures kept with their units."""
-    paragraphs = [" ".join(part.split()) for part in section.split("\n\n")]
-    return joined("\n\n".join(filter(None, paragraphs)))
+    parts = [part.strip() for part in section.split("\n\n") if part.strip()]
+    flat = [part if part[0] == "|" else " ".join(part.split()) for part in parts]
+    return joined("\n\n".join(flat))
 
 
 def environment(results: Results) -> jinja2.Environment:

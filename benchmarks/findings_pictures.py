@@ -44,7 +44,10 @@ _LOOK: dict[Any, Any] = {
     "grid.color": LINE,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
+    "lines.solid_capstyle": "round",
     "legend.frameon": False,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.1,
 }
 
 
@@ -77,22 +80,21 @@ def _svg(figure: "Figure") -> str:
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def _axes(figure: "Figure", title: str, x: str, y: str) -> "Axes":
-    axes = figure.subplots()
+def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
     clean(axes)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    return axes
 
 
 def oracles(results: Results) -> "Figure":
     """How far from the tuned state a steered run is, block by block."""
     evidence = results.holds(7)["evidence"]
     figure = blank(6.4, 3.2)
-    axes = _axes(
-        figure,
+    axes = figure.subplots()
+    _dress(
+        axes,
         "Distance to the tuned run, by block",
         "after block",
         "unsteered run = 1",
@@ -110,6 +112,7 @@ def oracles(results: Results) -> "Figure":
             marker=MARKERS[k],
             label=label,
             clip_on=False,
+            zorder=3,
         )
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(len(evidence["sequential, by block"])))
@@ -117,4 +120,44 @@ def oracles(results: Results) -> "Figure":
     return figure
 
 
-PICTURES: dict[str, Callable[[Results], "Figure"]] = {"oracles": oracles}
+def reach(results: Results) -> "Figure":
+    """What a steer at mlp_in costs at one token, and how many tokens it reaches."""
+    tokens, shares = results.holds(14)["evidence"], results.holds(46)["evidence"]
+    figure = blank(9.0, 3.5)
+    left, right = figure.subplots(1, 2)
+    _dress(left, "The first-order Δ, applied", "condition number of A", "error/target")
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.axhline(1, color=SOFT, linewidth=1, linestyle=":")
+    _dress(right, "Tokens that some ‖Δ‖ ≤ ‖u‖ reaches", "size t of the target", "")
+    for k, update in enumerate(tokens):
+        layers = tokens[update]["each token"].values()
+        left.scatter(
+            [x for layer in layers for x in layer["cond A"]],
+            [y for layer in layers for y in layer["error when applied"]],
+            color=(BLUE, ORANGE)[k],
+            marker=MARKERS[k],
+            s=12,
+            alpha=0.6,
+            linewidth=0,
+            label=update,
+        )
+        reached = shares[update]["mean over layers"]
+        right.plot(
+            [float(size) for size in reached],
+            [100 * share for share in reached.values()],
+            color=(BLUE, ORANGE)[k],
+            marker=MARKERS[k],
+            clip_on=False,
+            zorder=3,
+        )
+    right.set_ylim(0, 100)
+    right.yaxis.set_major_formatter("{x:.0f} %")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Results], "Figure"]] = {
+    "oracles": oracles,
+    "reach": reach,
+}

@@ -140,6 +140,8 @@ def test_ranks_and_prices_are_those_of_brute_force() -> None:
     ):
         got = evidence(found)[name]["layer 0"]
         assert got == pytest.approx(np.median(expected), rel=1e-6)
+        each = evidence(found)["each token"]["layer 0"][name]
+        assert each == pytest.approx(expected, rel=1e-2)  # three digits
     assert evidence(found)["toys, d = 24: median rank A"]["ReLU, f = d"] < 16
 
 

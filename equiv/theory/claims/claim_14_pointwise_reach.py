@@ -51,7 +51,7 @@ def pointwise_reach(setting: Setting) -> ClaimResult:
     mlps = find_mlps(setting, TOKENS)
     if not mlps:
         return NONE_FOUND
-    equal, ranks, prices = {}, {}, {}
+    equal, ranks, prices, tokens = {}, {}, {}, {}
     for mlp in mlps:
         name = f"layer {mlp.layer}"
         inner, whole = mlp.slopes(mlp.u)
@@ -59,7 +59,9 @@ def pointwise_reach(setting: Setting) -> ClaimResult:
             inner, whole, mlp.down
         )
         if bool(mlp.changes) and bool((target := mlp.target).any()):
-            prices[name] = price(mlp, whole, target)
+            each = price(mlp, whole, target)
+            prices[name] = {key: float(x.median()) for key, x in each.items()}
+            tokens[name] = {key: rounded(each[key]) for key in PRICES}
         if bool(mlp.down_change.any()):
             narrow = mlp.cut(column_rank(mlp.down) // 2)
             written = mlp.run(mlp.u)[0] @ mlp.down_change.T
@@ -70,6 +72,7 @@ def pointwise_reach(setting: Setting) -> ClaimResult:
     says = "The rank of A is all that W_d and the units that are on allow"
     if prices:
         found |= {key: {n: p[key] for n, p in prices.items()} for key in PRICES}
+        found["each token"] = tokens
         worst = {key: max(p[key] for p in prices.values()) for key in PRICES}
         says += "; at the update's size the first-order Δ is {} ‖u‖ and misses {} ×"
         says = says.format(*(figure(worst[key], 2) for key in PRICES[1:]))
@@ -97,8 +100,8 @@ def rank_gap(inner: Tensor, whole: Tensor, down: Tensor) -> tuple[float, list[in
     return gap, [int(found.min()), int(found.max())]
 
 
-def price(mlp: MLP, whole: Tensor, target: Tensor) -> dict[str, float]:
-    """What reaching the target by the least Δ of first order costs, medians."""
+def price(mlp: MLP, whole: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """What reaching the target by the least Δ of first order costs, [tokens] each."""
     delta = (torch.linalg.pinv(whole) @ target[..., None])[..., 0]
     moved = mlp.run(mlp.u + delta)[1] - mlp.run(mlp.u)[1]
     each = (
@@ -106,7 +109,12 @@ def price(mlp: MLP, whole: Tensor, target: Tensor) -> dict[str, float]:
         delta.norm(dim=1) / mlp.u.norm(dim=1),
         (moved - target).norm(dim=1) / target.norm(dim=1),
     )
-    return {key: float(x.median()) for key, x in zip(PRICES, each, strict=True)}
+    return dict(zip(PRICES, each, strict=True))
+
+
+def rounded(figures: Tensor) -> list[float]:
+    """Figures to be looked at, with three digits."""
+    return [float(f"{x:.3g}") for x in figures.tolist()]
 
 
 def formula_gap(whole: Tensor, down: Tensor, written: Tensor) -> float:
