@@ -16,10 +16,11 @@ from equiv.theory.values import Value
 # A figure this many times its rounding error has an order good to log2(1 + 2/64) = 0.04
 # between two scales in the worst case.
 ABOVE_FLOOR = 64.0
-# Scales of an update that orders are read off, coarsest first; and one at which what
-# goes to zero with t shows its rounding error.
+# Scales of an update that orders are read off, coarsest first.
 SCALES = tuple(2.0**-k for k in range(4, 9))
-ROUNDING_SCALE = 2.0**-26
+# A difference of two runs in float64 is right to about so much of the outputs: tens of
+# operations in a row, each off by half a unit in the last place.
+ROUNDING = 100 * 2.0**-52
 # So many of the finest: fewer leave no spread, more reach where higher terms count.
 FINEST = 4
 # An order may be off by this much: the O(t) above at the scales that are left.

@@ -21,7 +21,7 @@ test that names none of the first seven needs no model, and is run once however 
 updates there are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from equiv.checking import check
+from equiv.errors import UpdateError
 from equiv.model.batches import Batch, at_most
 from equiv.model.choosing import block_sites
 from equiv.model.families import find_blocks
@@ -37,6 +38,7 @@ from equiv.report.report import Report
 from equiv.shift.activations import Shift, Shifts
 from equiv.theory.carrying import carried
 from equiv.theory.norms import Norm
+from equiv.theory.parts import in_blocks
 from equiv.update.inputs import inputs_for
 from equiv.update.sources import resolve
 from equiv.update.update import Update
@@ -98,6 +100,21 @@ class Setting:
     def few(self) -> list[Batch]:
         """The inputs that `shifts` is measured on."""
         return at_most(self.inputs, SHIFT_TOKENS, self.seed)
+
+    @cached_property
+    def in_blocks(self) -> "Setting":
+        """The same with only the part of the update that lies in the blocks.
+
+        Itself where all of it does.
+
+        Raises:
+            UnsupportedModelError: If the model has no blocks.
+            UpdateError: If nothing of the update lies in them.
+        """
+        part = in_blocks(self.model, self.update)
+        if part is None:
+            raise UpdateError("The update changes no block.")
+        return self if part is self.update else replace(self, update=part)
 
     def squared(self, layer: int, site: str, change: Tensor) -> Tensor:
         """The squared length of a change at a site, per token, in the chosen norm.

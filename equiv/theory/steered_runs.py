@@ -17,17 +17,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from equiv.errors import UnsupportedModelError
 from equiv.model.batches import Batch
 from equiv.model.factors import UnusedFactorsError
-from equiv.model.families import find_blocks
 from equiv.model.guard import measured
 from equiv.model.sites import LOGITS
 from equiv.model.stages import Stage, StagedModel, staged
+from equiv.shift.activations import Shift
 from equiv.shift.derivative import derived
 from equiv.shift.measures import counted
 from equiv.shift.stage_update import StageUpdate, low_rank_names
 from equiv.steering.forms.form import Steering
+from equiv.theory.divergence import divergence
+from equiv.theory.norms import Norm
+from equiv.theory.orders import ROUNDING
+from equiv.theory.parts import blocks_of
 from equiv.theory.setting import Setting
 from equiv.update.update import Update
 
@@ -112,6 +115,10 @@ class Runs:
 
         return path
 
+    def rounding(self, norm: Norm) -> float:
+        """What a difference of outputs is right to, in a norm over all tokens."""
+        return ROUNDING * size(self, norm, lambda batch: self.base[batch])
+
     def counted(self, output: Tensor, batch: int) -> Tensor:
         """The output at the tokens that count, [tokens, d]."""
         return counted(output, self.cut.batches[batch].mask)
@@ -134,10 +141,7 @@ def runs(setting: Setting) -> Iterator[Runs]:
         UnsupportedModelError: If it has no blocks.
     """
     model = setting.model
-    if find_blocks(model) is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no blocks, so nothing is steered at block_out."
-        )
+    blocks_of(model)
     low = low_rank_names(model, setting.update)
     rows = sorted(n for batch in setting.few for n in batch.index)
     batches = _whole(setting.few)
@@ -182,3 +186,60 @@ def _whole(batches: Sequence[Batch]) -> list[Batch]:
         if rows:
             picked.append(batch.select(rows))
     return picked
+
+
+def local_offsets(setting: Setting) -> dict[int, Tensor]:
+    """First-order shifts of each block's own update at its block_out, by layer.
+
+    Raises:
+        UnsupportedModelError: If the model has no blocks.
+    """
+    return {n: shift.local_first_order for n, shift in at_block_out(setting).items()}
+
+
+def propagated_offsets(setting: Setting) -> dict[int, Tensor]:
+    """First-order shifts at block_out by all updates up to there, by layer.
+
+    Raises:
+        UnsupportedModelError: If the model has no blocks.
+    """
+    return {n: shift.first_order for n, shift in at_block_out(setting).items()}
+
+
+def at_block_out(setting: Setting) -> dict[int, Shift]:
+    """Shifts at block_out, by layer.
+
+    Raises:
+        UnsupportedModelError: If the model has no blocks.
+    """
+    blocks_of(setting.model)
+    shifts = setting.shifts.items()
+    return {layer: shift for (layer, site), shift in shifts if site == "block_out"}
+
+
+def size(made: Runs, norm: Norm, change: Callable[[int], Tensor]) -> float:
+    """The length of a change of the output, over all tokens that count.
+
+    Args:
+        made: The runs.
+        norm: What it is measured in.
+        change: From the batch to the change, [batch, seq, vocabulary or d].
+    """
+    total = 0.0
+    for batch in made.batches:
+        base = made.counted(made.base[batch], batch)
+        total += float(norm.squared(made.counted(change(batch), batch), base).sum())
+    return total**0.5
+
+
+def apart(made: Runs, tuned: Path, path: Path, t: float = 1.0) -> float:
+    """The divergence of a path from the tuned one, the mean over tokens."""
+    parts = [
+        divergence(
+            made.counted(output(tuned, batch, t), batch),
+            made.counted(output(path, batch, t), batch),
+            made.classes,
+        )
+        for batch in made.batches
+    ]
+    return float(torch.cat(parts).mean())
