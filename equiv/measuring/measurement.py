@@ -22,6 +22,7 @@ from equiv.settings import Settings
 from equiv.shift.calculus import Curve, RowKey, Selection, curves
 from equiv.shift.derivative import CENTRAL, NoReverseRuleError
 from equiv.shift.differences import step_of
+from equiv.shift.flips import Flips
 from equiv.shift.propagate import propagate
 from equiv.shift.radius import Question, radii
 from equiv.shift.silent import check_derivative
@@ -150,12 +151,13 @@ class Measurement:
             )
         with self._staged(self.batches, dtype) as cut:
             selection = self._selection(cut)
-            table = Table(selection)
+            table = Table(selection, flips=Flips(cut.mixtures))
             sites = self._steered_sites(self._asked_sites(cut))
             specs = settings.specs(sites, width_of(self.model))
             moments = MomentTable(cut, sites, settings.target)
             ladder = self._ladder(cut, specs, sites)
             self._full_pass(cut, table, moments, ladder)
+            self._note_silent_routers(cut, table)
             reach = self._radii(cut, table, calculus)
             plain_add = bool(cut.blocks and cut.blocks.architecture.plain_add)
             parameters = sum(p.numel() for p in self.model.parameters())
@@ -181,6 +183,7 @@ class Measurement:
                 superposition=calculus.superposition,
                 contributions=calculus.contributions,
                 first_positions=assemble.first_positions(table.streams),
+                routing=assemble.routing(table.flips),
                 notes=tuple(self.notes),
             )
         try:
@@ -189,6 +192,14 @@ class Measurement:
             self.notes.append(f"spectra not measured: no reverse rule ({error})")
             return replace(report, notes=tuple(self.notes))
         return replace(report, spectra=found)
+
+    def _note_silent_routers(self, cut: StagedModel, table: Table) -> None:
+        if silent := sorted(cut.mixtures - table.flips.counts.keys()):
+            layers = ", ".join(map(str, silent))
+            self.notes.append(
+                f"tokens that change experts not counted at layers {layers}: routers "
+                "there do not say whom they choose"
+            )
 
     def _spectra(
         self, moments: MomentTable, specs: Sequence[Spec], dtype: torch.dtype

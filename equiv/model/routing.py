@@ -13,16 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from equiv.errors import ArgumentError, UnsupportedModelError
-from equiv.model.batches import Batch
 from equiv.model.blocks import Blocks
-from equiv.model.families import find_blocks
-from equiv.model.guard import measured
-from equiv.model.inputs import from_inputs
-from equiv.model.packed import unpacked
-from equiv.model.precision import arithmetic
 
 Routing = dict[int, Tensor]  # layer → bool [tokens, experts]: the chosen ones
 
@@ -61,16 +54,21 @@ def chosen_experts(gates: Mapping[int, nn.Module]) -> Iterator[Routing]:
         gates: Layer → router, as `routers` gives them.
 
     Yields:
-        Layer → chosen experts, of the last forward.
+        Layer → chosen experts, of the last forward. A router that hands out no indices
+        of experts is left out.
     """
     routing: Routing = {}
 
     def hook(layer: int, experts: int) -> Callable[..., None]:
         def note(_m: nn.Module, _a: object, out: Any) -> None:
-            ids = next(t for t in out if not t.is_floating_point())
-            ids = ids.reshape(-1, ids.shape[-1])
-            chosen = torch.zeros(len(ids), experts, dtype=torch.bool, device=ids.device)
-            routing[layer] = chosen.scatter_(1, ids.long(), True)
+            given = out if isinstance(out, tuple) else (out,)
+            ids = next((t for t in given if not t.is_floating_point()), None)
+            if ids is None:
+                return
+            ids = ids.detach().reshape(-1, ids.shape[-1]).long()
+            none = torch.zeros(len(ids), experts, dtype=torch.bool, device=ids.device)
+            # Out of place: under `jvp` the ids are wrapped, and `none` is not.
+            routing[layer] = none.scatter(1, ids, True)
 
         return note
 
@@ -104,85 +102,3 @@ def flipped(before: Routing, after: Routing) -> dict[int, Tensor]:
             f"{shapes[1]}."
         )
     return {layer: (before[layer] != after[layer]).any(-1) for layer in before}
-
-
-def flipped_shares(
-    model: nn.Module,
-    update: Mapping[str, Tensor],
-    inputs: object,
-    *,
-    tokenizer: Any = None,
-    dtype: torch.dtype = torch.float32,
-) -> dict[int, float]:
-    """The share of tokens that the full update sends to other experts, per layer.
-
-    The tuned model's layers see what its layers below have made of the tokens, as they
-    do when it is used. Tokens under the attention mask are not counted.
-
-    Args:
-        model: A Hugging Face model of a known family; without mixtures: no layers.
-        update: Parameter name → difference, of the parameter's shape.
-        inputs: As for `equiv.check`.
-        tokenizer: Tokenizer for texts.
-        dtype: Compute dtype.
-
-    Returns:
-        Layer → share, for the layers that are mixtures.
-
-    Raises:
-        UnsupportedModelError: If the model's blocks are not known.
-        InputsError: As `equiv.check`.
-
-    Example:
-        >>> from equiv.testing.models import transformer
-        >>> model, ids = transformer("mixtral"), torch.tensor([[3, 4, 5, 6]])
-        >>> gate = model.model.layers[0].mlp.gate.weight
-        >>> flipped_shares(model, {"model.layers.0.mlp.gate.weight": 0 * gate}, ids)
-        {0: 0.0, 1: 0.0}
-    """
-    blocks = find_blocks(model)
-    if blocks is None:
-        raise UnsupportedModelError(
-            f"Expected a Hugging Face model of a known family, got a "
-            f"{type(model).__name__}."
-        )
-    gates = routers(blocks)
-    batches = from_inputs(model, inputs, tokenizer)
-    moved = dict.fromkeys(gates, 0)
-    with measured(model), arithmetic(dtype):
-        base = {name: _cast(own, dtype) for name, own in model.named_parameters()}
-        tuned = {
-            name: base[name] + delta.to(base[name]) for name, delta in update.items()
-        }
-        # A forward may write into buffers: never into the caller's.
-        base |= {n: _cast(own, dtype).clone() for n, own in model.named_buffers()}
-        for batch in batches:
-            runs = [
-                _routed(model, gates, {**base, **own}, batch) for own in ({}, tuned)
-            ]
-            counts = batch.mask.reshape(-1)
-            for layer, tokens in flipped(*runs).items():
-                moved[layer] += int(tokens[counts].sum())
-    total = sum(batch.tokens for batch in batches)
-    return {layer: count / total for layer, count in moved.items()}
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return unpacked(tensor).to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _routed(
-    model: nn.Module,
-    gates: Mapping[int, nn.Module],
-    tensors: Mapping[str, Tensor],
-    batch: Batch,
-) -> Routing:
-    """Which experts the model with these weights chooses for a batch."""
-    dtype = next(iter(tensors.values())).dtype
-    arguments = {
-        name: _cast(value, dtype) if isinstance(value, Tensor) else value
-        for name, value in batch.arguments.items()
-    }
-    with chosen_experts(gates) as routing:
-        functional_call(model, dict(tensors), (), arguments)
-    return routing

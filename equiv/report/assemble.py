@@ -16,10 +16,13 @@ from equiv.report.values import (
     Order,
     Radius,
     Rest,
+    Routing,
     Row,
     Scope,
+    Unflipped,
 )
 from equiv.shift.calculus import Curve, RowKey
+from equiv.shift.flips import Flips
 from equiv.shift.radius import Question
 from equiv.shift.table import CoverageSums, FullSize, StreamSums
 from equiv.steering.fits.chain import Spec
@@ -69,6 +72,9 @@ def rows(
                 taylor_floor=curve.floor(order_dtype),
                 taylor_dtype=_name(order_dtype),
                 rest=_rest(sums.rest, midpoint),
+                unflipped=_unflipped(
+                    sums.unflipped, curve.unflipped, midpoint, order_dtype
+                ),
             )
         )
     return tuple(sorted(made, key=lambda row: (row.layer, _SCOPES.index(row.scope))))
@@ -83,6 +89,32 @@ def _rest(sums: FullSize | None, midpoint: bool) -> Rest | None:
         norm_exact=sums.first.exact**0.5,
         remainder=sums.first.relative_remainder,
         remainder_midpoint=sums.midpoint.relative_remainder if midpoint else None,
+    )
+
+
+def _unflipped(
+    sums: FullSize | None, curve: Curve | None, midpoint: bool, dtype: torch.dtype
+) -> Unflipped | None:
+    if sums is None or not sums.tokens:
+        return None
+    judged = curve if curve is not None and curve.tokens else None
+    return Unflipped(
+        tokens=sums.tokens,
+        norm_base=sums.base.norm,
+        norm_exact=sums.first.exact**0.5,
+        remainder=sums.first.relative_remainder,
+        remainder_midpoint=sums.midpoint.relative_remainder if midpoint else None,
+        order=judged and judged.order(dtype),
+        order_midpoint=judged and _midpoint_order(judged, dtype, midpoint),
+    )
+
+
+def routing(flips: Flips) -> tuple[Routing, ...]:
+    """The share of tokens that change experts, per mixture."""
+    return tuple(
+        Routing(layer, n.tokens, n.here / n.tokens, n.so_far / n.tokens)
+        for layer, n in flips.counts.items()
+        if n.tokens
     )
 
 

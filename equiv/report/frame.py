@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from equiv.report.report import Report
 
 
-TABLES = ("rows", "coverage", "fits", "behaviour", "spectra", "first_positions")
+TABLES = (
+    "rows",
+    "coverage",
+    "fits",
+    "behaviour",
+    "spectra",
+    "first_positions",
+    "routing",
+)
 
 
 def to_frame(report: "Report", table: str = "rows") -> "pandas.DataFrame":

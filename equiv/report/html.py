@@ -13,6 +13,7 @@ from equiv.report.first_positions import told_apart
 from equiv.report.meaning import meaning
 from equiv.report.page import page
 from equiv.report.prose import joined
+from equiv.report.routing import KEPT, split_rows
 from equiv.report.sizes import shown_ranks
 from equiv.report.values import Scope, Verdict
 from equiv.writing import write_text
@@ -59,6 +60,8 @@ def to_html(report: "Report") -> str:
         own_shift=_fitted_to_their_own_shift(report),
         ranks=shown_ranks(report),
         apart=told_apart(report),
+        kept=KEPT,
+        split=split_rows(report),
         meaning=meaning(report),
         pictures=list(_pictures(report)),
     )

@@ -15,6 +15,7 @@ from equiv.report.answer import (
 from equiv.report.first_positions import first_positions
 from equiv.report.naming import at, end, everywhere, is_plain, moves_only_output
 from equiv.report.numbers import percent, scale
+from equiv.report.routing import routing
 from equiv.report.values import Behaviour, Radius, Verdict
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def meaning(report: "Report") -> list[str]:
     return [
         *_derivative(report),
         *_radii(report),
+        *routing(report),
         *first_positions(report),
         *_steering(report),
     ]

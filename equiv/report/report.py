@@ -15,6 +15,7 @@ from equiv.report.values import (
     FirstPosition,
     FitRow,
     Order,
+    Routing,
     Row,
     Spectrum,
     Subject,
@@ -46,6 +47,7 @@ class Report:
         spectra: What steering of each size leaves, per (layer, site).
         contributions: What each stage's own update adds to the output, to first order.
         first_positions: Per layer, whether first positions hold an attention sink.
+        routing: Per mixture of experts, the tokens that the update sends to others.
         notes: Whatever the reader must know before using a figure.
         format: Number of the file format of `to_json`.
     """
@@ -59,6 +61,7 @@ class Report:
     superposition: Superposition | None = None
     contributions: Contributions | None = None
     first_positions: tuple[FirstPosition, ...] = ()
+    routing: tuple[Routing, ...] = ()
     notes: tuple[str, ...] = ()
     format: int = FORMAT
 
@@ -125,8 +128,8 @@ class Report:
         """A table as a data frame, nested fields flattened (`order_verdict`, …).
 
         Args:
-            table: "rows", "coverage", "fits", "behaviour", "spectra" or
-                "first_positions".
+            table: "rows", "coverage", "fits", "behaviour", "spectra",
+                "first_positions" or "routing".
 
         Raises:
             ArgumentError: If there is no such table.

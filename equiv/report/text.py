@@ -24,6 +24,7 @@ from equiv.report.naming import (
 from equiv.report.numbers import counted, figure, percent, scale
 from equiv.report.prose import Prose
 from equiv.report.remainders import remainder_tables
+from equiv.report.routing import routing_table
 from equiv.report.rungs import columns, columns_of
 from equiv.report.sizes import sizes
 from equiv.report.values import Behaviour, Order, Scope, Verdict
@@ -60,6 +61,7 @@ def _sections(report: "Report") -> Iterator[RenderableType]:
     if report.superposition is not None:
         yield Prose(f"Superposition: {report.superposition.reason}.")
     yield Text("")
+    yield from routing_table(report)
     yield from _behaviour(report)
     yield from _fits(report)
     yield from sizes(report)

@@ -30,12 +30,14 @@ __all__ = [
     "Order",
     "Radius",
     "Rest",
+    "Routing",
     "Row",
     "Scope",
     "Spectrum",
     "Subject",
     "Superposition",
     "TaylorPoint",
+    "Unflipped",
     "Verdict",
 ]
 
@@ -49,6 +51,38 @@ class Rest:
     norm_exact: float
     remainder: float | None
     remainder_midpoint: float | None
+
+
+@dataclass(frozen=True)
+class Unflipped:
+    """A row's figures over the tokens whose experts stay, here and at layers below.
+
+    At full size those whose experts the full update leaves; in the orders those whose
+    experts no scale of the Taylor test changes. They may attend to tokens of which
+    neither is true.
+    """
+
+    tokens: int
+    norm_base: float
+    norm_exact: float
+    remainder: float | None
+    remainder_midpoint: float | None
+    order: Order | None  # `None` where no such token is among those of the orders
+    order_midpoint: Order | None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The tokens that the full update sends to other experts, at one mixture of them.
+
+    Compared are the sets of experts that the base and the tuned model choose, each on
+    its own stream (propagated), whatever their order and weights.
+    """
+
+    layer: int
+    tokens: int  # that count
+    flipped: float  # share whose experts change here
+    flipped_so_far: float  # share whose experts change here or at a layer below
 
 
 @dataclass(frozen=True)
@@ -77,6 +111,8 @@ class Row:
     `remainder` is the relative remainder at full size (t = 1) of the derivative at
     the base, `remainder_midpoint` of the derivative at W + ΔW/2. `rest` has the same
     without first positions; `None` where there are no others, or no positions.
+    `unflipped` has it without tokens that change experts; `None` in local rows, and
+    where no layer up to here is a mixture of experts or no token keeps its own.
     """
 
     layer: int
@@ -100,6 +136,7 @@ class Row:
     taylor_floor: float | None = None
     taylor_dtype: str | None = None
     rest: Rest | None = None
+    unflipped: Unflipped | None = None
 
 
 @dataclass(frozen=True)

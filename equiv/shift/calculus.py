@@ -22,7 +22,8 @@ from equiv.model.sites import Sites
 from equiv.model.stages import Stage, StagedModel
 from equiv.shift.derivative import CENTRAL
 from equiv.shift.differences import step_of
-from equiv.shift.measures import Square, counted
+from equiv.shift.flips import Flips
+from equiv.shift.measures import Square, counted, has_tokens
 from equiv.shift.propagate import propagate
 from equiv.shift.results import Order, Scope, TaylorPoint
 from equiv.shift.taylor import ABOVE_NOISE, NOISE_SCALE, SCALES, order_of
@@ -37,7 +38,11 @@ RowKey = tuple[int, str, Scope]
 
 @dataclass
 class Curve:
-    """Everything the Taylor test needs at one (layer, site, scope), as sums."""
+    """Everything the Taylor test needs at one (layer, site, scope), as sums.
+
+    `unflipped` has the same over the tokens that no scale of the test sends to other
+    experts, propagated; `None` where no block up to here chooses experts.
+    """
 
     base: Square = field(default_factory=Square)
     first: Square = field(default_factory=Square)
@@ -49,6 +54,7 @@ class Curve:
     remainder_midpoint: dict[float, Square] = field(default_factory=dict)
     tokens: int = 0
     step: float | None = None  # of the differences that stand for derivatives, if any
+    unflipped: "Curve | None" = None
 
     def points(self) -> tuple[TaylorPoint, ...]:
         """Remainders, coarsest scale first."""
@@ -151,15 +157,23 @@ def curves(
     points = taylor_points(scales, midpoint)
     step = step_of(update, cut.model, cut.dtype) if derivative == CENTRAL else None
     found: dict[RowKey, Curve] = {}
+    flips = Flips(cut.mixtures, scales=None)
     passes = propagate(
         cut, update, points, low=low, local=points, derivative=derivative
     )
     for _, _, traces in passes:
         for trace in traces:
             mask = cut.mask(trace.stage, trace.batch)
+            flips.add(trace, mask)
+            kept = flips.kept(trace, mask)
             for key, values, tangents in scopes(trace, selection):
                 curve = found.setdefault(key, Curve(step=step))
                 _add(curve, key[1], values, tangents, mask, scales, midpoint)
+                if kept is None or key[2] is not Scope.PROPAGATED:
+                    continue
+                if has_tokens(values[0.0][key[1]], mask):
+                    curve.unflipped = part = curve.unflipped or Curve(step=step)
+                    _add(part, key[1], values, tangents, kept, scales, midpoint)
     return found
 
 

@@ -163,6 +163,7 @@ class _Pass:
         local_tangents: dict[float, Sites] = {}
         hidden: dict[float, Tensor] = {}
         tangent: dict[float, Tensor] = {}
+        experts: dict[float, Tensor] = {}
         for point in self.points:
             s = point.scale
             h = stream.hidden.get(s, stream.base)
@@ -173,6 +174,8 @@ class _Pass:
             else:
                 out, values[s] = self._forward(batch, s, h)
             hidden[s] = out
+            if (chosen := self.cut.chosen(self.stage)) is not None:
+                experts[s] = chosen
         for point in self.local:
             self._local(
                 batch, stream, point, local_values, local_tangents, values, tangents
@@ -187,6 +190,7 @@ class _Pass:
             local_values,
             local_tangents,
             partial(str, self._way(stream)),
+            experts,
         )
         stream.base, stream.hidden, stream.tangent = hidden[0.0], hidden, tangent
         stream.moved = True

@@ -12,6 +12,7 @@ from equiv.model.batches import first_unmasked
 from equiv.model.sites import Sites
 from equiv.shift.calculus import RowKey, Selection, scopes
 from equiv.shift.derivative import JVP
+from equiv.shift.flips import Flips
 from equiv.shift.measures import Comparison, Square, counted, has_tokens, ratio
 from equiv.shift.results import Scope
 from equiv.shift.traces import Trace
@@ -22,7 +23,8 @@ class FullSize:
     """Sums of one row: the base activation, and both first-order shifts.
 
     `rest` has the same sums without the first position of each sequence that counts;
-    no tokens where there are no positions.
+    no tokens where there are no positions. `unflipped` has them over the tokens whose
+    experts stay, propagated; `None` where no block up to here chooses experts.
     """
 
     base: Square = field(default_factory=Square)
@@ -31,6 +33,7 @@ class FullSize:
     tokens: int = 0
     derivative: str = JVP
     rest: "FullSize | None" = None
+    unflipped: "FullSize | None" = None
 
     def add(self, base: Tensor, exact: Tensor, slopes: tuple[Tensor, ...]) -> None:
         """Add tokens [tokens, features]; slopes at the base and, if had, midway."""
@@ -97,12 +100,16 @@ class Table:
     rows: dict[RowKey, FullSize] = field(default_factory=dict)
     coverage: dict[tuple[int, Scope], CoverageSums] = field(default_factory=dict)
     streams: dict[int, StreamSums] = field(default_factory=dict)
+    flips: Flips = field(default_factory=Flips)
 
     def add(self, trace: Trace, mask: Tensor) -> None:
         """Add one batch of one stage."""
+        self.flips.add(trace, mask)
+        unflipped = self.flips.kept(trace, mask)
         for key, values, tangents in scopes(trace, self.selection):
             row = self.rows.setdefault(key, FullSize())
-            _add_row(row, key[1], values, tangents, mask)
+            kept = unflipped if key[2] is Scope.PROPAGATED else None
+            _add_row(row, key[1], values, tangents, mask, kept)
             row.derivative = trace.derivative
         stage = trace.stage
         if stage.name != "block" or not self.selection.takes(stage):
@@ -122,6 +129,7 @@ def _add_row(
     values: Mapping[float, Sites],
     tangents: Mapping[float, Sites],
     mask: Tensor,
+    unflipped: Tensor | None,
 ) -> None:
     base = counted(values[0.0][site], mask)
     exact = counted(values[1.0][site], mask) - base
@@ -136,10 +144,23 @@ def _add_row(
             f"overflows {exact.dtype}. Use a smaller update (`update.scaled(t)`), or "
             "dtype=torch.float64."
         )
-    if mask.ndim > 1 and has_tokens(values[0.0][site], mask):
-        keep = ~first_unmasked(mask)[mask]
-        row.rest = row.rest or FullSize()
-        row.rest.add(base[keep], exact[keep], tuple(s[keep] for s in slopes))
+    if mask.ndim < 2 or not has_tokens(values[0.0][site], mask):
+        return
+    row.rest = row.rest or FullSize()
+    _add_part(row.rest, ~first_unmasked(mask)[mask], base, exact, slopes)
+    if unflipped is not None:
+        row.unflipped = row.unflipped or FullSize()
+        _add_part(row.unflipped, unflipped[mask], base, exact, slopes)
+
+
+def _add_part(
+    sums: FullSize,
+    keep: Tensor,
+    base: Tensor,
+    exact: Tensor,
+    slopes: tuple[Tensor, ...],
+) -> None:
+    sums.add(base[keep], exact[keep], tuple(slope[keep] for slope in slopes))
 
 
 def _add_coverage(

@@ -5,7 +5,9 @@ derivative; g(s), g′(s) the same with the stage's input held at the base.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from equiv.model.sites import Sites
 from equiv.model.stages import Stage
@@ -38,6 +40,8 @@ class Trace:
         local_tangents: scale → site → g′(s).
         touched: Whether the update touches this stage's own parameters.
         way: Tells how tangents were had, here or below; once they were.
+        experts: scale → the experts chosen, bool [tokens, experts], propagated; empty
+            where none are, and where nothing moved.
     """
 
     stage: Stage
@@ -49,6 +53,7 @@ class Trace:
     local_values: Mapping[float, Sites]
     local_tangents: Mapping[float, Sites]
     way: Callable[[], str] = lambda: JVP
+    experts: Mapping[float, Tensor] = field(default_factory=dict)
 
     @property
     def derivative(self) -> str:
