@@ -12,8 +12,9 @@ call the layers of their MLP themselves.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from equiv.theory.judging import TOLERANCE, relative
 from equiv.theory.setting import Setting
 from equiv.theory.values import ClaimResult, Verdict
 from equiv.update.update import Update
+
+T = TypeVar("T")
 
 # Layers that are looked at, evenly from the first to the last.
 LAYERS = 4
@@ -145,12 +148,17 @@ def find_mlps(setting: Setting, tokens: int) -> list[MLP]:
     return evenly(found)
 
 
-def evenly(mlps: list[MLP]) -> list[MLP]:
-    """At most `LAYERS` of them, the first and the last among these."""
-    if len(mlps) <= LAYERS:
-        return mlps
-    step = (len(mlps) - 1) / (LAYERS - 1)
-    return [mlps[round(n * step)] for n in range(LAYERS)]
+def evenly(found: Sequence[T]) -> list[T]:
+    """At most `LAYERS` of them, the first and the last among these.
+
+    Example:
+        >>> evenly(range(8))
+        [0, 2, 5, 7]
+    """
+    if len(found) <= LAYERS:
+        return list(found)
+    step = (len(found) - 1) / (LAYERS - 1)
+    return [found[round(n * step)] for n in range(LAYERS)]
 
 
 def column_rank(matrix: Tensor) -> int:
