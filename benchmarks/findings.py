@@ -30,7 +30,7 @@ TEMPLATES = ROOT / "benchmarks" / "templates" / "findings"
 
 # The sections of each part of the document, in their order.
 PARTS: Mapping[str, Sequence[str]] = {
-    "opening": ("opening_oracle",),
+    "opening": ("opening_equivalence", "opening_oracle", "opening_reach"),
     "wrong": ("projector", "unreachable", "fixed_vectors", "constraint"),
     "seen": ("reach", "oracles"),
 }
@@ -93,6 +93,7 @@ def environment(results: Results) -> jinja2.Environment:
     made.filters |= {
         "figure": figure,
         "percent": percent,
+        "order": "{:.2f}".format,
         "between": lambda ends: between(*ends),
         "counted": counted,
         "vector": vector,

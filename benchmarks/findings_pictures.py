@@ -5,7 +5,7 @@ inside the file swaps the colours where the reader's system asks for dark ones.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.findings_results import AbsentError, Results
@@ -91,14 +91,10 @@ def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
 def oracles(results: Results) -> "Figure":
     """How far from the tuned state a steered run is, block by block."""
     evidence = results.holds(7)["evidence"]
-    figure = blank(6.4, 3.2)
-    axes = figure.subplots()
-    _dress(
-        axes,
-        "Distance to the tuned run, by block",
-        "after block",
-        "unsteered run = 1",
-    )
+    figure = blank(9.0, 3.5)
+    axes, steered = figure.subplots(1, 2, width_ratios=(5, 4))
+    title = "Distance to the tuned run, by block"
+    _dress(axes, title, "after block", "unsteered run = 1")
     axes.axhline(1, color=SOFT, linewidth=1, linestyle=":")
     for k, (name, label) in enumerate(
         {
@@ -114,10 +110,35 @@ def oracles(results: Results) -> "Figure":
             clip_on=False,
             zorder=3,
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.3 * max(evidence["simultaneous, by block"]))
     axes.set_xticks(range(len(evidence["sequential, by block"])))
-    axes.legend()
+    axes.legend(loc="upper left")
+    _offsets(steered, results.holds(12)["evidence"])
     return figure
+
+
+def _offsets(axes: "Axes", evidence: Mapping[str, Any]) -> None:
+    """KL that first-order offsets leave at full size, over that of no steering."""
+    kinds = ("all blocks, propagated", "last block, propagated", "all blocks, local")
+    _dress(axes, "KL left by first-order offsets", "no steering = 1", "")
+    axes.grid(axis="y", visible=False)
+    axes.axvline(1, color=SOFT, linewidth=1, linestyle=":")
+    for k, (update, found) in enumerate(evidence.items()):
+        whole = found["unsteered"]["KL at full size"]
+        axes.plot(
+            [found[kind]["KL at full size"] / whole for kind in kinds],
+            [place + 0.16 * k - 0.08 for place in range(len(kinds))],
+            color=(BLUE, ORANGE)[k],
+            marker=MARKERS[k],
+            linestyle="",
+            label=update,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_ylim(-0.5, len(kinds) - 0.5)
+    axes.invert_yaxis()
+    axes.legend(loc="upper left")
 
 
 def reach(results: Results) -> "Figure":
