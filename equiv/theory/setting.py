@@ -21,6 +21,8 @@ test that names none of the first seven needs no model, and is run once however 
 updates there are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -34,8 +36,11 @@ from equiv.model.batches import Batch, at_most
 from equiv.model.choosing import block_sites
 from equiv.model.families import find_blocks
 from equiv.model.guard import measured
+from equiv.model.stages import StagedModel, staged
 from equiv.report.report import Report
 from equiv.shift.activations import Shift, Shifts
+from equiv.shift.calculus import Curve, RowKey, Selection, curves
+from equiv.shift.stage_update import low_rank_names
 from equiv.theory.carrying import carried
 from equiv.theory.norms import Norm
 from equiv.theory.parts import in_blocks
@@ -47,6 +52,10 @@ OF_MODEL = ("model", "update", "inputs", "tokenizer", "report", "shifts", "setti
 # What a test may ask for.
 OFFERED = (*OF_MODEL, "norm", "seed", "results")
 SHIFT_TOKENS = 1024
+CURVE_TOKENS = 256
+# Of small updates the coarser of these lie above rounding, of large ones the finer
+# below the radius.
+CURVE_SCALES = tuple(2.0**-k for k in range(3, 11))
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,32 @@ class Setting:
             raise UpdateError("The update changes no block.")
         return self if part is self.update else replace(self, update=part)
 
+    @cached_property
+    def curves(self) -> dict[RowKey, Curve]:
+        """Remainders by scale, (layer, site, scope) → curve, at every site, float64."""
+        with self.opened() as (cut, low):
+            sites = self._sites or cut.stages[0].sites
+            chosen = Selection(frozenset(cut.layers), sites)
+            return curves(
+                cut, self.update, low=low, selection=chosen, scales=CURVE_SCALES
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[StagedModel, list[str]]]:
+        """The model in stages on `CURVE_TOKENS` tokens, every site, in float64.
+
+        Yields:
+            The model, and the names of weights whose factors are applied beside them.
+        """
+        few = at_most(self.few, CURVE_TOKENS, self.seed)
+        low = low_rank_names(self.model, self.update)
+        dtype, sites = torch.float64, self._sites
+        with (
+            measured(self.model),
+            staged(self.model, few, dtype, sites=sites, low_names=low) as cut,
+        ):
+            yield cut, low
+
     def squared(self, layer: int, site: str, change: Tensor) -> Tensor:
         """The squared length of a change at a site, per token, in the chosen norm.
 
@@ -164,10 +199,16 @@ class Setting:
             self.update,
             self.few,
             torch.float64,
-            block_sites(blocks, ["*"]) if blocks else None,
+            self._sites,
             tuple(range(len(blocks.modules) if blocks else 1)),
         )
         return {(shift.layer, shift.site): shift for shift in found}
+
+    @property
+    def _sites(self) -> tuple[str, ...] | None:
+        """Every site of the model's blocks; `None`, for all there are, without any."""
+        blocks = find_blocks(self.model)
+        return block_sites(blocks, ["*"]) if blocks else None
 
 
 def setting(

@@ -141,6 +141,14 @@ def slope(phi: Activation, x: Tensor) -> Tensor:
     return jvp(phi, (x,), (torch.ones_like(x),))[1]
 
 
+def curvature(phi: Activation, x: Tensor) -> Tensor:
+    """φ″, by two reverse passes."""
+    with torch.enable_grad():
+        at = x.detach().clone().requires_grad_()
+        first = torch.autograd.grad(phi(at).sum(), at, create_graph=True)[0]
+        return torch.autograd.grad(first.sum(), at)[0]
+
+
 def glu_slopes(w: Weights, u: Tensor, phi: Activation = silu) -> tuple[Tensor, Tensor]:
     """J = diag(φ′(a_g) ⊙ a_u) W_g + diag(φ(a_g)) W_u, [tokens, f, d], and A = W_d J."""
     gate, up = linear(u, w.gate, w.gate_bias), linear(u, w.up, w.up_bias)
