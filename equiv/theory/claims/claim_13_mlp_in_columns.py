@@ -48,19 +48,17 @@ def mlp_in_columns(setting: Setting) -> ClaimResult:
     width = len(mlps[0].down)
     full = [layer for layer, rank in ranks.items() if rank == width]
     toy, apart = of_toy(Draw(setting.seed))
-    says = "What a steer at mlp_in does lies in col W_d at any size"
+    says = "what a steer at mlp_in does lies in col W_d at any size"
     if full:
-        says += f"; vacuous here, where W_d has full row rank {width}"
+        says += f", which is everything at full row rank {width}"
     if full and left:
-        says += (
-            f": cut to half of it, {percent(max(left.values()))} at most of ΔW_d m "
-            "lies outside"
-        )
+        largest = percent(max(left.values()))
+        says += f"; cut to half of it, up to {largest} of ΔW_d m lies outside"
     return identity(
         equal | toy,
         says,
         differ=apart,
-        conditions={f"rank W_d, vacuous where {width}": ranks} if full else None,
+        conditions={"vacuous, of full row rank": full} if full else None,
         evidence={"rank W_d": ranks, "ΔW_d m outside half of col W_d": left},
     )
 

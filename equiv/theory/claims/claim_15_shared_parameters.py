@@ -197,8 +197,8 @@ def said(found: Mapping[str, Ladder]) -> str:
         limits = span([str(n) for n in sorted({ladder.limit for ladder in own})])
         shares = sorted(x for ladder in own if (x := ladder.beyond) is not None)
         left = span([percent(x) for x in shares]) if shares else "–"
-        parts.append(f"{form} {limits} ({left})")
-    return f"tokens matched (left of all, by norm): {', '.join(parts)}"
+        parts.append(f"{form}: {limits} ({left})")
+    return f"tokens matched (and what is left of all): {', '.join(parts)}"
 
 
 def span(sorted_texts: list[str]) -> str:

@@ -108,9 +108,9 @@ def judge(
     lowest = min(limits, key=lambda case: limits[case])
     return ClaimResult(
         Verdict.CONDITIONAL if random else Verdict.HOLDS,
-        f"held-out misfits go from {percent(min(full))} to {percent(max(full))} at "
-        f"t = 1 to {percent(limits[lowest])} to {percent(max(limits.values()))} at "
-        f"t = 0, within {percent(max(off.values()))} of that at {least}",
+        f"held-out misfits are {percent(min(full))} to {percent(max(full))} at t = 1 "
+        f"and {percent(limits[lowest])} to {percent(max(limits.values()))} to first "
+        f"order; at {least} they are off that by {percent(max(off.values()))} at most",
         {"inputs": "random token ids"} if random else {},
         {**evidence, **toys},
     )

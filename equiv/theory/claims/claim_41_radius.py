@@ -150,7 +150,10 @@ def judge(found: list[Radius], toys: dict[str, Value]) -> ClaimResult:
     evidence = {"predicted/measured": ratios, **toys}
     if off[0.01]:
         verdict = Verdict.FAILS
-        says += f"; off at {off[0.01][0]} and {len(off[0.01]) - 1} more"
+        says += (
+            f"; off at {off[0.01][0]} and {len(off[0.01]) - 1} more: not smooth in the "
+            "update there, as where a ReLU or a router switches"
+        )
     elif off[0.1]:
         verdict = Verdict.CONDITIONAL
     else:

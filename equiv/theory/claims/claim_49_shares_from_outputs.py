@@ -172,7 +172,8 @@ def apart(found: Sequence[float], share: float) -> bool:
 
 def spanned(shares: Sequence[float]) -> str:
     """The least and the largest."""
-    return f"{min(shares):.2f} to {max(shares):.2f}".replace("-", "−")
+    ends = (f"{end(shares):.2f}".replace("-0.00", "0.00") for end in (min, max))
+    return " to ".join(dict.fromkeys(ends)).replace("-", "−")
 
 
 class Outputs:
