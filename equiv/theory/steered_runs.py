@@ -40,7 +40,7 @@ Path = Callable[[int, float, Tensor], Tensor]
 # and by 1e-16 / e of rounding: both near 1e-9 where derivatives are of one size.
 STEP = 2.0**-14
 # Many scales and several steers are run on this much of the setting's few.
-TOKENS = 512
+TOKENS = 256
 
 
 class Runs:
@@ -54,8 +54,8 @@ class Runs:
     def __init__(self, cut: StagedModel, low: set[str], rows: Sequence[int]) -> None:
         self.cut, self._low, self._rows = cut, low, list(rows)
         self._tensors = [cut.tensors(stage) for stage in cut.stages]
-        path = self.steered({})
-        self.base = [output(path, batch, 0.0) for batch in self.batches]
+        self._inputs = [self._streams(batch) for batch in self.batches]
+        self.base = [streams.pop() for streams in self._inputs]
 
     @property
     def classes(self) -> bool:
@@ -79,14 +79,19 @@ class Runs:
     def _tuned(self, update: Update) -> Path:
         stages = self.cut.stages
         changes = [StageUpdate(self.cut, stage, update, self._low) for stage in stages]
+        first = next((n for n, change in enumerate(changes) if change), len(stages))
 
         def path(batch: int, t: float, step: Tensor) -> Tensor:
-            hidden = None
-            for stage, own, change in zip(stages, self._tensors, changes, strict=True):
-                moved = {n: own[n] + (t + step) * d for n, d in change.dense.items()}
+            hidden = self._entering(first, batch)
+            for n, stage in enumerate(stages[first:], first):
+                own, change = self._tensors[n], changes[n]
+                dense = {
+                    name: own[name] + (t + step) * delta
+                    for name, delta in change.dense.items()
+                }
                 hidden, _ = self.cut.run(
                     stage,
-                    {**own, **moved},
+                    {**own, **dense},
                     hidden,
                     batch,
                     low=change.low,
@@ -101,19 +106,40 @@ class Runs:
 
     def steered(self, steers: Mapping[int, Steering | Tensor]) -> Path:
         """The base with t times a steer added at block_out of some layers."""
+        stages = self.cut.stages
+        inside = [stage.name == "block" and stage.layer in steers for stage in stages]
+        first = inside.index(True) if any(inside) else len(stages)
 
         def path(batch: int, t: float, step: Tensor) -> Tensor:
-            hidden = None
-            for stage, own in zip(self.cut.stages, self._tensors, strict=True):
+            hidden = self._entering(first, batch)
+            for n, stage in enumerate(stages[first:], first):
                 steer = None
-                if stage.name == "block" and stage.layer in steers:
+                if inside[n]:
                     shift = self._shift(steers[stage.layer], stage, batch)
                     steer = {"block_out": lambda h, s=shift: (t + step) * s(h)}
+                own = self._tensors[n]
                 hidden, _ = self.cut.run(stage, own, hidden, batch, steer=steer)
             assert hidden is not None
             return hidden
 
         return path
+
+    def _streams(self, batch: int) -> list[Tensor]:
+        """What the base's stages give, from the first to the last."""
+        given = []
+        for stage, own in zip(self.cut.stages, self._tensors, strict=True):
+            before = given[-1] if given else None
+            given.append(self.cut.run(stage, own, before, batch)[0])
+        return given
+
+    def _entering(self, stage: int, batch: int) -> Tensor | None:
+        """What a stage is given where nothing below it moves; behind all, the output.
+
+        A run starts there: what lies below is the base's.
+        """
+        if stage == len(self.cut.stages):
+            return self.base[batch]
+        return self._inputs[batch][stage - 1] if stage else None
 
     def rounding(self, norm: Norm) -> float:
         """What a difference of outputs is right to, in a norm over all tokens."""
