@@ -107,11 +107,12 @@ def test_up_to_so_many_tokens_and_no_more() -> None:
     model = transformer("llama")
     found = judged(15, model, random(model))
     assert found.verdict is Verdict.HOLDS, found.says
-    left = found.to_dict()["evidence"]["share left by tokens"]
-    for name, shares in left.items():
+    evidence = found.to_dict()["evidence"]
+    for name, tokens in evidence["tokens"].items():
         limit = {"vector": 1, "rank 8": 9, "affine": 17}[name.rpartition(", ")[2]]
-        assert min(shares) == limit
-        assert shares[limit] < 1e-9 and shares[limit + 1] > 1e-4, name
+        assert tokens[:2] == [limit, limit + 1]
+        exact, beyond, *_ = evidence["share left"][name]
+        assert exact < 1e-9 and beyond > 1e-4, name
 
 
 @pytest.mark.claim(15)
@@ -119,9 +120,9 @@ def test_layer_norm_takes_one_token_away() -> None:
     model = transformer("gpt2")
     found = judged(15, model, random(model))
     assert found.verdict is Verdict.HOLDS, found.says
-    left = found.to_dict()["evidence"]["share left by tokens"]
-    assert min(left["layer 0, mlp_in->mlp_out, affine"]) == 16
-    assert min(left["layer 0, block_out, affine"]) == 17
+    tokens = found.to_dict()["evidence"]["tokens"]
+    assert tokens["layer 0, mlp_in->mlp_out, affine"][0] == 16
+    assert tokens["layer 0, block_out, affine"][0] == 17
 
 
 @pytest.mark.claim(15)

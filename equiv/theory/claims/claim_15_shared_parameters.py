@@ -161,7 +161,8 @@ def judge(found: Mapping[str, Ladder], toys: dict[str, Value]) -> ClaimResult:
     shares = {n: x for n, own in found.items() if (x := own.beyond) is not None}
     folds = [name for name, share in shares.items() if share <= EXACT]
     evidence = {
-        "share left by tokens": {name: dict(own.share) for name, own in found.items()},
+        "tokens": {name: [*own.share] for name, own in found.items()},
+        "share left": {name: [*own.share.values()] for name, own in found.items()},
         **toys,
     }
     if wrong:
