@@ -16,7 +16,7 @@ from witness import moved, tuned_activations, whole_jvp
 
 import equiv
 from equiv.shift import propagate
-from equiv.testing.models import mlp
+from equiv.testing.models import mlp, transformer
 from equiv.theory import Setting, Verdict
 from equiv.theory.norms import Euclidean
 from equiv.theory.remainders import left_by_points
@@ -127,6 +127,15 @@ class Hidden(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body[2](relu(self.body[0](x)))
+
+
+def test_blocks_of_two_kinds_have_the_sites_of_both() -> None:
+    """DeepSeek's first block has a hidden layer, its mixtures of experts have none."""
+    model = transformer("deepseek_v3", seed=1)
+    update = equiv.Update.random(model, 0.01, seed=0)
+    given = setting("", model, update, None, None, Euclidean(), 0)
+    assert {site for _, site in given.shifts} >= {"mlp_in", "mlp_out", "block_out"}
+    assert judged(10, given).verdict is Verdict.HOLDS
 
 
 def test_kinks_are_no_refutation_where_they_are_known() -> None:

@@ -220,6 +220,10 @@ def test_a_wrong_constant_is_seen(
 def test_where_claims_do_not_apply(inside: Setting) -> None:
     one_block = in_blocks(num_hidden_layers=1)
     assert judged(40, one_block).verdict is Verdict.NOT_APPLICABLE
+    paired = transformer("t5", seed=1)
+    update = equiv.Update.random(paired, 0.1, seed=2)
+    given = setting("", paired, update, [example(paired)], None, inside.norm, 0)
+    assert judged(40, given).verdict is Verdict.NOT_APPLICABLE
     tiny = in_blocks(size=1e-13)
     for number in (12, 39, 44):
         assert judged(number, tiny).verdict is Verdict.INCONCLUSIVE

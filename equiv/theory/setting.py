@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from equiv.checking import check
-from equiv.errors import UpdateError
+from equiv.errors import SiteError, UpdateError
 from equiv.model.batches import Batch, at_most
+from equiv.model.blocks import Blocks
 from equiv.model.choosing import block_sites
 from equiv.model.families import find_blocks
 from equiv.model.guard import measured
@@ -206,9 +207,24 @@ class Setting:
 
     @property
     def _sites(self) -> tuple[str, ...] | None:
-        """Every site of the model's blocks; `None`, for all there are, without any."""
+        """The sites that all of the model's blocks have; `None` if it has no blocks.
+
+        Some models have blocks of two kinds: mixtures of experts have no `mlp_hidden`.
+        """
         blocks = find_blocks(self.model)
-        return block_sites(blocks, ["*"]) if blocks else None
+        if blocks is None:
+            return None
+        return tuple(s for s in block_sites(blocks, ["*"]) if _everywhere(blocks, s))
+
+
+def _everywhere(blocks: Blocks, site: str) -> bool:
+    """Whether all blocks have a site that should have it."""
+    try:
+        for layer in blocks.layers_with(site):
+            blocks.place(layer, site)
+    except SiteError:
+        return False
+    return True
 
 
 def setting(

@@ -2,14 +2,17 @@
 
 A remainder has order 2 where the model is smooth. A ReLU that changes its sign within
 the step leaves one that shrinks more slowly: a share of units in proportion to t does,
-each by an amount in proportion to t, so the norm of the rest is of order 3/2. That is
-true of the model and tells nothing against a statement about smooth ones.
+each by an amount in proportion to t, so the norm of the rest is of order 3/2. A mixture
+of experts jumps where a token goes to another expert. That is true of the model and
+tells nothing against a statement about smooth ones.
 """
 
 from dataclasses import replace
 
 from torch import nn
 
+from equiv.model.families import find_blocks
+from equiv.model.routing import routers
 from equiv.theory.values import ClaimResult, Verdict
 
 KINKED = (
@@ -28,14 +31,16 @@ KINKED = (
 
 
 def kinks(model: nn.Module) -> tuple[str, ...]:
-    """Kinds of the model's modules that have a kink.
+    """Kinds of the model's modules that have a kink, or choose experts.
 
     Example:
         >>> kinks(nn.Sequential(nn.ReLU(), nn.GELU(), nn.ReLU()))
         ('ReLU',)
     """
     found = {type(m).__name__ for m in model.modules() if isinstance(m, KINKED)}
-    return tuple(sorted(found))
+    blocks = find_blocks(model)
+    gates = routers(blocks).values() if blocks else ()
+    return tuple(sorted(found | {type(gate).__name__ for gate in gates}))
 
 
 def of_smooth(result: ClaimResult, model: nn.Module) -> ClaimResult:

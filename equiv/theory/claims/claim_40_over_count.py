@@ -7,6 +7,7 @@ from torch import Tensor
 from equiv.report.numbers import figure
 from equiv.theory.approaches import CAPTURED
 from equiv.theory.orders import SCALES, decay
+from equiv.theory.parts import blocks_of
 from equiv.theory.registry import claim
 from equiv.theory.setting import Setting
 from equiv.theory.smoothness import of_smooth
@@ -32,7 +33,7 @@ from equiv.theory.values import AsWritten, ClaimResult, Value, Verdict
         "h̃_l ← h̃_l + t δ_l for all l: z_steered − z_tuned = "
         "t Σ_l (L − l) J_(out←l) δ_l^local + O(t²), l = 0…L"
     ),
-    assumptions="the update lies in the blocks; two blocks or more",
+    assumptions="the update lies in the blocks; two or more of these, on one stream",
     source="this project",
     falsified_by="another first-order term",
     as_written=(
@@ -51,6 +52,12 @@ from equiv.theory.values import AsWritten, ClaimResult, Value, Verdict
 )
 def over_count(setting: Setting) -> ClaimResult:
     """The first-order excess exactly, and what is left of it at finite scales."""
+    if blocks_of(setting.model).encoder is not None:
+        return ClaimResult(
+            Verdict.NOT_APPLICABLE,
+            "an encoder's last block reaches every block of the decoder, so shifts are "
+            "counted by more ways than one stream has",
+        )
     own = setting.in_blocks
     local, propagated = local_offsets(own), propagated_offsets(own)
     last = max(local)
