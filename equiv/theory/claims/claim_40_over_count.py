@@ -34,7 +34,7 @@ from equiv.theory.values import AsWritten, ClaimResult, Value, Verdict
         "t Σ_l (L − l) J_(out←l) δ_l^local + O(t²), l = 0…L"
     ),
     assumptions="the update lies in the blocks; two or more of these, on one stream",
-    source="this project",
+    source="this project; as written, the blog: the oracle overwrites the stream",
     falsified_by="another first-order term",
     as_written=(
         "adding h_FT − h_base at every layer gives h_FT: h_base + (h_FT − h_base) = "
