@@ -9,7 +9,7 @@ those come from the results. A section names the claims that it rests on, as
 otherwise. A section that rests on a claim not among the results is left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,20 @@ TEMPLATES = ROOT / "benchmarks" / "templates" / "findings"
 
 # The sections of each part of the document, in their order.
 PARTS: Mapping[str, Sequence[str]] = {
-    "opening": ("opening_equivalence", "opening_oracle", "opening_reach"),
-    "wrong": ("projector", "unreachable", "fixed_vectors", "constraint"),
-    "seen": ("reach", "oracles"),
+    "opening": (
+        "opening_equivalence",
+        "opening_oracle",
+        "opening_reach",
+        "opening_linear",
+    ),
+    "wrong": (
+        "projector",
+        "unreachable",
+        "linear_error",
+        "fixed_vectors",
+        "constraint",
+    ),
+    "seen": ("orders", "reach", "oracles"),
 }
 
 
@@ -74,6 +85,17 @@ def vector(value: Any) -> str:
     return f"({text})" if isinstance(value, list) else text
 
 
+def orders(found: Iterable[float]) -> str:
+    """From the lowest order to the highest, or one where they look the same.
+
+    Example:
+        >>> orders([2.001, 1.999]), orders([2.001, 1.98])
+        ('2.00', '1.98 to 2.00')
+    """
+    low, high = f"{min(values := list(found)):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
 def flowing(section: str) -> str:
     """A section with each paragraph on one line, figures kept with their units."""
     parts = [part.strip() for part in section.split("\n\n") if part.strip()]
@@ -90,10 +112,12 @@ def environment(results: Results) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.tests["contains"] = lambda text, part: part in text
     made.filters |= {
         "figure": figure,
         "percent": percent,
         "order": "{:.2f}".format,
+        "orders": orders,
         "between": lambda ends: between(*ends),
         "counted": counted,
         "vector": vector,

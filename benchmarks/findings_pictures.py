@@ -5,7 +5,7 @@ inside the file swaps the colours where the reader's system asks for dark ones.
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.findings_results import AbsentError, Results
@@ -141,6 +141,70 @@ def _offsets(axes: "Axes", evidence: Mapping[str, Any]) -> None:
     axes.legend(loc="upper left")
 
 
+def orders(results: Results) -> "Figure":
+    """Orders of remainders at every site, and what is missed at full size."""
+    base, middle = results.holds(10)["evidence"], results.holds(48)["evidence"]
+    figure = blank(9.0, 3.7)
+    left, right = figure.subplots(1, 2, width_ratios=(4, 5))
+    _dress(left, "Order of the remainder, every site", "block", "")
+    for k, (found, name) in enumerate(((base, "base"), (middle, "midpoint"))):
+        points = [
+            (int(key.split(",")[0].removeprefix("layer ")), order)
+            for update in found.values()
+            for key, order in update["orders"].items()
+        ]
+        layers, values = zip(*_beside(points), strict=True)
+        left.scatter(
+            layers,
+            values,
+            s=9,
+            color=(ORANGE, BLUE)[k],
+            marker=MARKERS[k],
+            linewidth=0,
+            label=f"from the {name}",
+        )
+    left.set_ylim(1, 4)
+    ends = next(iter(middle.values()))["left at full size"]["by"]
+    left.set_xticks(range(len(ends)), [end.removeprefix("block ") for end in ends])
+    left.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.2)
+    _dress(right, "Missed at full size, share of the shift", "", "")
+    for update, style in zip(middle, ("-", "--"), strict=True):
+        missed = dict(middle[update]["left at full size"])
+        places = missed.pop("by")
+        for k, (name, shares) in enumerate(missed.items()):
+            colour = (ORANGE, BLUE, GREEN, PINK, SOFT)[k]
+            right.plot(
+                places,
+                shares,
+                style,
+                color=colour,
+                marker=MARKERS[k],
+                markersize=4,
+                label=_derivatives(name) if style == "-" else None,
+            )
+    right.set_yscale("log")
+    right.plot([], [], "--", color=SOFT, label=f"dashed: {[*middle][1]}")
+    right.legend(bbox_to_anchor=(1, 1), loc="upper left", title="derivative at")
+    return figure
+
+
+def _beside(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Points of one layer next to each other instead of above each other."""
+    of_layer = {n: [y for x, y in points if x == n] for n, _ in points}
+    return [
+        (n + 0.7 * ((i + 0.5) / len(found) - 0.5), y)
+        for n, found in of_layer.items()
+        for i, y in enumerate(found)
+    ]
+
+
+def _derivatives(name: str) -> str:
+    """What a derivative is taken at, in the words of the legend."""
+    count = name.split()[0]
+    known = {"the": "base", "1": "midpoint"}
+    return known.get(count, f"{count} points")
+
+
 def reach(results: Results) -> "Figure":
     """What a steer at mlp_in costs at one token, and how many tokens it reaches."""
     tokens, shares = results.holds(14)["evidence"], results.holds(46)["evidence"]
@@ -179,6 +243,7 @@ def reach(results: Results) -> "Figure":
 
 
 PICTURES: dict[str, Callable[[Results], "Figure"]] = {
+    "orders": orders,
     "oracles": oracles,
     "reach": reach,
 }
