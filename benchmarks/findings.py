@@ -20,7 +20,6 @@ from benchmarks.findings_results import AbsentError, Results, read
 from equiv.report.numbers import between, counted, figure, percent
 from equiv.report.prose import joined
 from equiv.theory.text import shown
-from equiv.theory.trained import study
 from equiv.theory.values import sentence
 
 ROOT = Path(__file__).parents[1]
@@ -32,18 +31,21 @@ TEMPLATES = ROOT / "benchmarks" / "templates" / "findings"
 PARTS: Mapping[str, Sequence[str]] = {
     "opening": (
         "opening_equivalence",
-        "opening_oracle",
-        "opening_reach",
         "opening_linear",
+        "opening_reach",
+        "opening_oracle",
+        "opening_sites",
+        "opening_joint",
     ),
     "wrong": (
         "projector",
         "unreachable",
+        "site_order",
         "linear_error",
         "fixed_vectors",
         "constraint",
     ),
-    "seen": ("orders", "reach", "oracles"),
+    "seen": ("orders", "reach", "coverage", "sites", "oracles", "joint"),
 }
 
 
@@ -119,6 +121,7 @@ def environment(results: Results) -> jinja2.Environment:
         "order": "{:.2f}".format,
         "orders": orders,
         "between": lambda ends: between(*ends),
+        "span": lambda ends: " to ".join(figure(end, 2) for end in ends),
         "counted": counted,
         "vector": vector,
         "figures": figures,
@@ -132,7 +135,7 @@ def environment(results: Results) -> jinja2.Environment:
         "fails_as_written": results.fails_as_written,
         "command": command,
         "picture": picture,
-        "study": study.results,
+        "study": results.study,
     }
     return made
 

@@ -8,8 +8,11 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from statistics import mean
+
 from benchmarks.findings_results import AbsentError, Results
 from equiv.report.drawing import COLOURS, MARKERS, blank, clean
+from equiv.theory.trained import certainty
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,8 +245,135 @@ def reach(results: Results) -> "Figure":
     return figure
 
 
+def coverage(results: Results) -> "Figure":
+    """The MLP's share of a block, in four meanings, with intervals over seeds."""
+    results.claim(21)
+    found = results.study("fine_tunes")["coverage"]
+    figure = blank(9.0, 4.0)
+    panels = figure.subplots(1, len(found), sharey=True)
+    for axes, (update, scopes) in zip(panels, found.items(), strict=True):
+        _dress(axes, update, "block", "")
+        for k, (label, name) in enumerate(MEANINGS.items()):
+            of_update = name.startswith("δ")
+            for scope, style in (("propagated", "-"), ("local", "--")):
+                if scope == "local" and not of_update:
+                    continue
+                rows = scopes[scope][name]
+                if name == "δskip share":
+                    rows = [[1 - share for share in row] for row in rows]
+                _with_intervals(
+                    axes,
+                    rows,
+                    k,
+                    linestyle=style,
+                    label=f"{label}, local" if scope == "local" else label,
+                )
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(_percent)
+    panels[0].set_ylabel("the MLP's share")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+# What the MLP's share of a block is called here → the name in the study.
+MEANINGS = {
+    "‖δMLP‖/‖δblock‖": "δMLP over δblock",
+    "‖δMLP‖/(‖δMLP‖ + ‖δskip‖)": "δskip share",
+    "‖MLP‖/(‖MLP‖ + ‖Attn‖)": "MLP share",
+    "‖MLP‖/‖block‖": "MLP over block",
+}
+
+
+def sites(results: Results) -> "Figure":
+    """What a steer that reads one site leaves of the block's shift."""
+    results.claim(17)
+    found = results.study("fine_tunes")
+    updates = {**found["misfit"], "W_d of all weights alone": found[W_D]}
+    figure = blank(9.0, 3.8)
+    panels = figure.subplots(1, len(updates), sharey=True)
+    for axes, (update, by_site) in zip(panels, updates.items(), strict=True):
+        _dress(axes, update, "block", "")
+        for k, (site, by_rank) in enumerate(by_site.items()):
+            _with_intervals(axes, by_rank[RANK], k, shift=0.09 * (k - 2), label=site)
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(_percent)
+    panels[0].set_ylabel(f"left by rank {RANK}")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), title="reading"
+    )
+    return figure
+
+
+W_D, RANK = "misfit of W_d alone", "8"
+
+
+def joint(results: Results) -> "Figure":
+    """How adapter and LoRA overlap, a point per seed, beside chance."""
+    evidence = results.claim(31)["evidence"]
+    found = results.study("adapting")["overlap"]
+    figure = blank(9.0, 3.3)
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"output": "Both write: B and U", "input": "The adapter reads: B and D"}
+    kinds = {"none": "naive", "output": "U projected", "input": "D projected"}
+    chance, spread = evidence["chance"], evidence["spread of chance"]
+    for axes, (side, title) in zip(panels, titles.items(), strict=True):
+        _dress(axes, title, "", "")
+        axes.axhspan(chance - 2 * spread, chance + 2 * spread, color=LINE, linewidth=0)
+        for k, name in enumerate(kinds):
+            seeds = [mean(layers) for layers in found[f"joint {name}"][side]]
+            axes.scatter(
+                [k + 0.05 * (i - (len(seeds) - 1) / 2) for i in range(len(seeds))],
+                seeds,
+                color=(ORANGE, BLUE, GREEN)[k],
+                marker=MARKERS[k],
+                s=22,
+                clip_on=False,
+                zorder=3,
+            )
+        axes.set_xticks(range(len(kinds)), [*kinds.values()])
+        axes.set_xlim(-0.5, len(kinds) - 0.5)
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("overlap, mean over layers")
+    panels[1].annotate(
+        "chance", (1, chance), xycoords=("axes fraction", "data"), va="center"
+    )
+    return figure
+
+
+def _with_intervals(
+    axes: "Axes",
+    by_seed: Sequence[Sequence[float]],
+    which: int,
+    shift: float = 0.0,
+    **style: Any,
+) -> None:
+    """Means over seeds by layer, with Student's intervals."""
+    found = [certainty.mean(layer) for layer in zip(*by_seed, strict=True)]
+    axes.errorbar(
+        [n + shift for n in range(len(found))],
+        [m.mean for m in found],
+        [[m.mean - m.low for m in found], [m.high - m.mean for m in found]],
+        color=(BLUE, ORANGE, GREEN, PINK, SOFT)[which],
+        marker=MARKERS[which],
+        markersize=4.5,
+        elinewidth=1,
+        linewidth=1.4,
+        **style,
+    )
+    axes.set_xticks(range(len(found)))
+
+
+def _percent(share: float, _: object = None) -> str:
+    return f"{100 * share:.0f} %"
+
+
 PICTURES: dict[str, Callable[[Results], "Figure"]] = {
     "orders": orders,
     "oracles": oracles,
     "reach": reach,
+    "coverage": coverage,
+    "sites": sites,
+    "joint": joint,
 }

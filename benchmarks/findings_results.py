@@ -11,6 +11,7 @@ from typing import Any
 
 from equiv.report.files import read_format
 from equiv.theory.findings import FORMAT
+from equiv.theory.trained import study
 from equiv.theory.values import Verdict
 
 CLAIMS = Path(__file__).parent / "results" / "claims.json"
@@ -32,13 +33,19 @@ class Results:
     Attributes:
         answer: How many claims got which verdict, in words.
         claims: Number → entry of `equiv claims --json`.
+        studies: Folder of results of trained models; what is shipped by default.
         told: Claims whose statement as written has a section of its own; filled while
             the sections are written.
     """
 
     answer: str
     claims: Mapping[int, Mapping[str, Any]]
+    studies: Path | None = None
     told: set[int] = field(default_factory=set)
+
+    def study(self, name: str) -> Mapping[str, Any]:
+        """What a study found, lists in the order of its seeds."""
+        return study.results(name, self.studies)
 
     def claim(self, number: int) -> Mapping[str, Any]:
         """The entry of a claim, whatever its verdict.
