@@ -20,13 +20,15 @@ from benchmarks.findings_results import AbsentError, Results, read
 from equiv.report.numbers import between, counted, figure, percent
 from equiv.report.prose import joined
 from equiv.theory.text import shown
-from equiv.theory.values import sentence
+from equiv.theory.values import Kind, sentence
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "findings.md"
 FOLDER = ROOT / "docs" / "findings"
 TEMPLATES = ROOT / "benchmarks" / "templates" / "findings"
 
+# So many conditions are named in the table of all claims.
+CONDITIONS = 3
 # The sections of each part of the document, in their order.
 PARTS: Mapping[str, Sequence[str]] = {
     "opening": (
@@ -45,7 +47,7 @@ PARTS: Mapping[str, Sequence[str]] = {
         "fixed_vectors",
         "constraint",
     ),
-    "seen": ("orders", "reach", "coverage", "sites", "oracles", "joint"),
+    "seen": ("orders", "reach", "coverage", "sites", "oracles", "joint", "methods"),
 }
 
 
@@ -79,6 +81,24 @@ def figures(values: Mapping[str, Any]) -> str:
         'x′ = 1; y = (1, −2)'
     """
     return "; ".join(f"{name} = {vector(value)}" for name, value in values.items())
+
+
+def conditions(entry: Mapping[str, Any]) -> str:
+    """What a verdict rests on, the same for several updates once; some of it if long.
+
+    Example:
+        >>> conditions({"kind": "exact", "conditions": {"full rank": True, "d": 8}})
+        'full rank: yes; d: 8'
+    """
+    found = entry["conditions"]
+    tables = found.values() if entry["kind"] == Kind.MODEL else [found]
+    named = {
+        f"{name}: {shown(value)}": None
+        for table in tables
+        for name, value in table.items()
+    }
+    more = len(named) - CONDITIONS
+    return "; ".join([*named][:CONDITIONS]) + (f"; and {more} more" * (more > 0))
 
 
 def vector(value: Any) -> str:
@@ -125,6 +145,7 @@ def environment(results: Results) -> jinja2.Environment:
         "counted": counted,
         "vector": vector,
         "figures": figures,
+        "conditions": conditions,
         "sentence": sentence,
         "cell": cell,
     }
@@ -152,6 +173,7 @@ def document(results: Results) -> str:
     return whole.render(
         parts,
         claims=results.claims,
+        updates=results.updates,
         others=list(results.listed()),
         answer=results.answer,
     )

@@ -342,6 +342,40 @@ def joint(results: Results) -> "Figure":
     return figure
 
 
+def methods(results: Results) -> "Figure":
+    """Held-out loss of every method, a point per seed and the mean with its interval."""
+    results.claim(35)
+    found = results.study("adapting")
+    losses = dict(sorted(found["loss"].items(), key=lambda one: mean(one[1])))
+    figure = blank(9.0, 0.9 + 0.24 * len(losses))
+    axes = figure.subplots()
+    _dress(axes, "Loss of the answers on held-out expressions", "nats", "")
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
+    axes.grid(axis="y", visible=False)
+    for place, by_seed in enumerate(losses.values()):
+        m = certainty.mean(by_seed)
+        colour = _KINDS.get([*losses][place].split()[0], SOFT)
+        axes.scatter(by_seed, [place] * len(by_seed), color=colour, s=9, alpha=0.5)
+        axes.errorbar(
+            m.mean,
+            place,
+            xerr=[[m.mean - m.low], [m.high - m.mean]],
+            color=colour,
+            marker="D",
+            markersize=4.5,
+            elinewidth=1.2,
+        )
+    numbers = {"base": 0, **found["parameters"]}
+    names = [f"{name}, {numbers[name]:,}" for name in losses]
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    return figure
+
+
+# First word of a method's name → its colour.
+_KINDS = {"linear": BLUE, "silu": BLUE, "loreft": ORANGE, "LoRA": GREEN, "joint": PINK}
+
+
 def _with_intervals(
     axes: "Axes",
     by_seed: Sequence[Sequence[float]],
@@ -376,4 +410,5 @@ PICTURES: dict[str, Callable[[Results], "Figure"]] = {
     "coverage": coverage,
     "sites": sites,
     "joint": joint,
+    "methods": methods,
 }

@@ -31,6 +31,7 @@ class Results:
     """What templates read.
 
     Attributes:
+        updates: What claims about the model were tested on.
         answer: How many claims got which verdict, in words.
         claims: Number → entry of `equiv claims --json`.
         studies: Folder of results of trained models; what is shipped by default.
@@ -38,6 +39,7 @@ class Results:
             the sections are written.
     """
 
+    updates: Sequence[str]
     answer: str
     claims: Mapping[int, Mapping[str, Any]]
     studies: Path | None = None
@@ -109,6 +111,5 @@ def _expected(
 def read(path: Path = CLAIMS) -> Results:
     """The results of all claims."""
     content = read_format(path, "file of claims", FORMAT)
-    return Results(
-        content["answer"], {entry["id"]: entry for entry in content["claims"]}
-    )
+    claims = {entry["id"]: entry for entry in content["claims"]}
+    return Results(content["subject"]["updates"], content["answer"], claims)

@@ -133,9 +133,8 @@ def test_a_section_says_which_claims_it_rests_on_and_goes_with_them(part: str) -
     shown = {number for _, number in named(template, "command")}
     assert numbers and shown <= set(numbers) and shown
     found = read()
-    without = Results(
-        found.answer, {n: e for n, e in found.claims.items() if n != numbers[0]}
-    )
+    claims = {n: e for n, e in found.claims.items() if n != numbers[0]}
+    without = Results(found.updates, found.answer, claims)
     with pytest.raises(AbsentError):
         without.claim(numbers[0])
     text = document(without)
