@@ -6,9 +6,8 @@ inside the file swaps the colours where the reader's system asks for dark ones.
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
 from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.findings_results import AbsentError, Results
 from equiv.report.drawing import COLOURS, MARKERS, blank, clean
@@ -343,7 +342,7 @@ def joint(results: Results) -> "Figure":
 
 
 def methods(results: Results) -> "Figure":
-    """Held-out loss of every method, a point per seed and the mean with its interval."""
+    """Held-out loss of every method: seeds, and their mean with its interval."""
     results.claim(35)
     found = results.study("adapting")
     losses = dict(sorted(found["loss"].items(), key=lambda one: mean(one[1])))
