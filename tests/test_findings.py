@@ -115,8 +115,9 @@ def test_words_that_the_results_contradict_are_refused(
     template: str, function: str, number: int
 ) -> None:
     found = read()
-    if number not in found.claims:
-        pytest.skip(f"claim {number} is not there yet")
+    asked = {n for _, n in named(TEMPLATES / template, *NAMING)}
+    if missing := asked - found.claims.keys():
+        pytest.skip(f"claims {missing} are not there yet")
     changed = copy.deepcopy(found)
     entry = changed.claim(number)
     where = entry["as_written"] if function == "fails_as_written" else entry
