@@ -96,6 +96,36 @@ def test_rows_are_those_of_the_whole_model(sink: bool) -> None:
     assert [p.sink for p in report.first_positions] == [sink, sink]
 
 
+@pytest.mark.parametrize("midpoint", [False, True])
+def test_the_radius_without_them_is_the_largest_good_scale(midpoint: bool) -> None:
+    """Brute force: remainders on whole forwards, on both sides of it."""
+    model, update, call, report = checked(False)
+    rows = [r for r in report.rows if r.rest is not None and r.rest.radius is not None]
+    assert [(r.layer, r.site, r.scope) for r in rows] == [
+        (0, "attn_out", Scope.PROPAGATED)  # elsewhere the remainder is much the same
+    ]
+    rest = rows[0].rest
+    assert rest is not None
+    radius = rest.radius_midpoint if midpoint else rest.radius
+    assert radius is not None
+    mask, place = MASK.bool() & ~FIRST, (0, "attn_out")
+    base = witness.tuned_activations(model, update, call, 0.0)[place][mask]
+
+    def remainder(t: float) -> float:
+        slopes = witness.whole_jvp(model, update, call, t / 2 if midpoint else 0.0)[1]
+        tuned = witness.tuned_activations(model, update, call, t)[place][mask]
+        missed = tuned - base - t * slopes[place][mask]
+        return float(missed.norm() / (tuned - base).norm())
+
+    # "To 5 %": the crossing lies within 2.5 % of it.
+    assert remainder(radius.value * 0.975) <= 0.1 < remainder(radius.value * 1.025)
+    said = " ".join(str(report).split())
+    assert rows[0].radius is not None
+    assert rest.radius is not None
+    figures = f"t = {rows[0].radius.value:.2g}", f"t = {rest.radius.value:.2g}"
+    assert f"the radius is {figures[0]} with them, {figures[1]} without" in said
+
+
 def test_what_only_a_sink_misses_is_gone_without_it() -> None:
     """Shift 3 missed whole at the first position, 4 caught whole at the other."""
     base = torch.zeros(1, 3, 1)

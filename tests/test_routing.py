@@ -79,9 +79,12 @@ def flips_by_hand(model: Any, update: equiv.Update) -> dict[int, Tensor]:
 
 
 def whole(
-    model: Any, update: equiv.Update
+    model: Any, update: equiv.Update, size: float = 1.0
 ) -> dict[tuple[int, str], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Block 0's output and the logits: base, shift, slopes at W and W + ΔW/2."""
+    """Block 0's output and the logits, of an update of t times the size.
+
+    The base, the shift, and the slopes at W and W + t/2 ΔW.
+    """
     base = {name: p.detach() for name, p in model.named_parameters()}
     delta = {n: d.to(F64) for n, d in witness.dense(update).items()}
 
@@ -95,8 +98,8 @@ def whole(
     one = torch.ones((), dtype=F64)
     with arithmetic(F64), sdpa_kernel(SDPBackend.MATH):
         h, slope = jvp(at, (0 * one,), (one,))[:2]
-        midway = jvp(at, (one / 2,), (one,))[1]
-        tuned = at(one)
+        midway = jvp(at, (one * size / 2,), (one,))[1]
+        tuned = at(one * size)
     shift = [b - a for a, b in zip(h, tuned, strict=True)]
     places = ((0, "block_out"), (len(model.model.layers), "logits"))
     sets = zip(h, shift, slope, midway, strict=True)
@@ -207,6 +210,34 @@ def test_the_report_says_who_changes_experts(tmp_path: Path) -> None:
         entry.flipped for entry in report.routing
     ]
     assert "unflipped_remainder" in report.to_frame().columns
+
+
+@pytest.mark.parametrize("midpoint", [False, True])
+def test_the_radius_without_them_is_the_largest_good_scale(midpoint: bool) -> None:
+    """Brute force: the remainder over the kept tokens, on both sides of it."""
+    model, update, report = checked(0.15)
+    kept = COUNTS & ~flips_by_hand(model, update)[0]
+    row = next(r for r in propagated(report) if (r.layer, r.site) == (0, "block_out"))
+    assert row.unflipped is not None
+    pairs = (
+        (row.radius, row.unflipped.radius),
+        (row.radius_midpoint, row.unflipped.radius_midpoint),
+    )
+    over_all, radius = pairs[midpoint]
+    assert over_all is not None
+    assert radius is not None
+    assert over_all.value < radius.value / 2
+    assert not radius.at_least
+
+    def remainder(t: float) -> float:
+        _, shift, *slopes = whole(model, update, t)[0, "block_out"]
+        rest = shift - t * slopes[midpoint]
+        return float(rest[kept].norm() / shift[kept].norm())
+
+    # "To 5 %": the crossing lies within 2.5 % of it.
+    assert remainder(radius.value * 0.975) <= 0.1 < remainder(radius.value * 1.025)
+    said = " ".join(str(report).split())
+    assert "Over them the radius from the base is t = " in said
 
 
 def test_an_update_too_small_to_flip_leaves_all_tokens() -> None:

@@ -271,6 +271,7 @@ class Measurement:
             low=self.low,
             selection=self._selection(cut),
             midpoint=self.settings.midpoint,
+            flips=table.flips,
             derivative=self.settings.derivative,
         )
         self.bar.step("radii")

@@ -23,7 +23,7 @@ from equiv.report.values import (
 )
 from equiv.shift.calculus import Curve, RowKey
 from equiv.shift.flips import Flips
-from equiv.shift.radius import Question
+from equiv.shift.radius import Part, Question
 from equiv.shift.table import CoverageSums, FullSize, StreamSums
 from equiv.steering.fits.chain import Spec
 from equiv.steering.fits.moments import ENOUGH_TOKENS, Regression
@@ -66,21 +66,26 @@ def rows(
                 cosine_midpoint=sums.midpoint.cosine if midpoint else None,
                 order=curve.order(order_dtype),
                 order_midpoint=_midpoint_order(curve, order_dtype, midpoint),
-                radius=radii.get((key, False)),
-                radius_midpoint=radii.get((key, True)),
+                radius=radii.get((key, False, Part.ALL)),
+                radius_midpoint=radii.get((key, True, Part.ALL)),
                 taylor=curve.points(),
                 taylor_floor=curve.floor(order_dtype),
                 taylor_dtype=_name(order_dtype),
-                rest=_rest(sums.rest, midpoint),
+                rest=_rest(sums.rest, key, radii, midpoint),
                 unflipped=_unflipped(
-                    sums.unflipped, curve.unflipped, midpoint, order_dtype
+                    sums.unflipped, curve.unflipped, key, radii, midpoint, order_dtype
                 ),
             )
         )
     return tuple(sorted(made, key=lambda row: (row.layer, _SCOPES.index(row.scope))))
 
 
-def _rest(sums: FullSize | None, midpoint: bool) -> Rest | None:
+def _rest(
+    sums: FullSize | None,
+    key: RowKey,
+    radii: Mapping[Question, Radius],
+    midpoint: bool,
+) -> Rest | None:
     if sums is None or not sums.tokens:
         return None
     return Rest(
@@ -89,11 +94,18 @@ def _rest(sums: FullSize | None, midpoint: bool) -> Rest | None:
         norm_exact=sums.first.exact**0.5,
         remainder=sums.first.relative_remainder,
         remainder_midpoint=sums.midpoint.relative_remainder if midpoint else None,
+        radius=radii.get((key, False, Part.REST)),
+        radius_midpoint=radii.get((key, True, Part.REST)),
     )
 
 
 def _unflipped(
-    sums: FullSize | None, curve: Curve | None, midpoint: bool, dtype: torch.dtype
+    sums: FullSize | None,
+    curve: Curve | None,
+    key: RowKey,
+    radii: Mapping[Question, Radius],
+    midpoint: bool,
+    dtype: torch.dtype,
 ) -> Unflipped | None:
     if sums is None or not sums.tokens:
         return None
@@ -106,6 +118,8 @@ def _unflipped(
         remainder_midpoint=sums.midpoint.relative_remainder if midpoint else None,
         order=judged and judged.order(dtype),
         order_midpoint=judged and _midpoint_order(judged, dtype, midpoint),
+        radius=radii.get((key, False, Part.UNFLIPPED)),
+        radius_midpoint=radii.get((key, True, Part.UNFLIPPED)),
     )
 
 

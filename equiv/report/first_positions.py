@@ -3,17 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from equiv.report.naming import place
+from equiv.report.naming import place, radius
 from equiv.report.numbers import counted, figure, percent
 from equiv.report.values import Row, Scope
+from equiv.shift.measures import apart
+from equiv.shift.radius import APART
 from equiv.steering.fits.sinks import SINK
 
 if TYPE_CHECKING:
     from equiv.report.report import Report
-
-# Remainders, with and without first positions, that differ by more than this share of
-# the larger are told apart even where there is no sink.
-DIFFERS = 0.1
 
 
 def first_positions(report: "Report") -> Iterator[str]:
@@ -39,15 +37,23 @@ def first_positions(report: "Report") -> Iterator[str]:
         yield (
             f"Without first positions the remainder changes most at "
             f"{place(report, row)}: {percent(row.remainder)} of the shift with them, "
-            f"{percent(row.rest.remainder)} without."
+            f"{percent(row.rest.remainder)} without{_radius(row)}."
         )
+
+
+def _radius(row: Row) -> str:
+    """Both radii from the base, where first positions have made one of their own."""
+    if row.radius is None or row.rest is None or row.rest.radius is None:
+        return ""
+    with_, without = radius(row.radius), radius(row.rest.radius)
+    return f"; the radius is {with_} with them, {without} without"
 
 
 def told_apart(report: "Report") -> list[Row]:
     """The rows to show with and without first positions; none where it is all one."""
     rows = [r for r in report.rows if r.rest and r.scope is Scope.PROPAGATED]
     sink = any(p.sink for p in report.first_positions)
-    return rows if sink or any(_change(r) > DIFFERS for r in rows) else []
+    return rows if sink or any(_change(r) > APART for r in rows) else []
 
 
 def _change(row: Row) -> float:
@@ -58,17 +64,12 @@ def _change(row: Row) -> float:
         (row.remainder, row.rest.remainder),
         (row.remainder_midpoint, row.rest.remainder_midpoint),
     )
-    return max(_apart(one, other) for one, other in pairs)
+    return max(apart(one, other) for one, other in pairs)
 
 
 def _base_change(row: Row) -> float:
     """The relative change of the remainder from the base, which the sentence tells."""
-    return 0.0 if row.rest is None else _apart(row.remainder, row.rest.remainder)
-
-
-def _apart(one: float | None, other: float | None) -> float:
-    larger = max(one or 0.0, other or 0.0)
-    return abs((one or 0.0) - (other or 0.0)) / larger if larger else 0.0
+    return 0.0 if row.rest is None else apart(row.remainder, row.rest.remainder)
 
 
 def _named(layers: Sequence[int]) -> str:

@@ -5,13 +5,14 @@ here or at a layer below, are therefore told apart from those that keep theirs.
 """
 
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from equiv.report.grid import Grid
-from equiv.report.naming import ENDS, has_midpoint, in_order, place
+from equiv.report.naming import ENDS, has_midpoint, in_order, place, radius
 from equiv.report.numbers import counted, percent
 from equiv.report.prose import Prose
 from equiv.report.remainders import share_missed
@@ -40,7 +41,7 @@ def routing(report: "Report") -> Iterator[str]:
     where = f"at layer {most.layer}"
     ever = ""
     if len(report.routing) > 1:
-        where += ", more than at any other"
+        where += ", the most of any layer"
         ever = f", {percent(report.routing[-1].flipped_so_far)} at one layer or more"
     yield (
         f"{percent(most.flipped)} of tokens change experts {where}{ever}: the "
@@ -58,10 +59,10 @@ def routing(report: "Report") -> Iterator[str]:
         yield (
             "Over the tokens that keep their experts, here and at layers below, first "
             f"order misses {percent(kept.remainder)} of the shift instead of "
-            f"{percent(row.remainder)}{midway} at {place(report, row)}, where it "
-            "makes the most of a difference. They may still attend to tokens that do "
-            "not."
+            f"{percent(row.remainder)}{midway} at {place(report, row)}, where the "
+            "difference is largest. They may still attend to tokens that do not."
         )
+        yield from _radii(report)
     yield from _orders(report)
 
 
@@ -118,6 +119,22 @@ def _change(row: Row) -> float:
         (row.remainder_midpoint, kept.remainder_midpoint),
     )
     return max(abs((one or 0.0) - (other or 0.0)) for one, other in pairs)
+
+
+def _radii(report: "Report") -> Iterator[str]:
+    """The radius over tokens that keep their experts, where that gains the most."""
+    gains = [
+        (part.radius.value - row.radius.value, row.radius, part.radius, row)
+        for row in split_rows(report)
+        if (part := row.unflipped) and part.radius and row.radius
+    ]
+    for gain, whole, kept, row in sorted(gains, key=itemgetter(0))[-1:]:
+        if gain <= 0:
+            return
+        yield (
+            f"Over them the radius from the base is {radius(kept)} at "
+            f"{place(report, row)}, over all tokens {radius(whole)}."
+        )
 
 
 def _orders(report: "Report") -> Iterator[str]:

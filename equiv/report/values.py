@@ -44,22 +44,28 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Rest:
-    """A row's figures at full size without the first position of each sequence."""
+    """A row's figures without the first position of each sequence.
+
+    Radii are measured at propagated rows where a remainder is more than a tenth away
+    from that over all positions; elsewhere they are `None`, and the row's stand.
+    """
 
     tokens: int
     norm_base: float
     norm_exact: float
     remainder: float | None
     remainder_midpoint: float | None
+    radius: Radius | None = None
+    radius_midpoint: Radius | None = None
 
 
 @dataclass(frozen=True)
 class Unflipped:
     """A row's figures over the tokens whose experts stay, here and at layers below.
 
-    At full size those whose experts the full update leaves; in the orders those whose
-    experts no scale of the Taylor test changes. They may attend to tokens of which
-    neither is true.
+    At full size and in the radii those whose experts the full update leaves; in the
+    orders those whose experts no scale of the Taylor test changes. They may attend to
+    tokens of which neither is true. Radii are measured as in `Rest`.
     """
 
     tokens: int
@@ -69,6 +75,8 @@ class Unflipped:
     remainder_midpoint: float | None
     order: Order | None  # `None` where no such token is among those of the orders
     order_midpoint: Order | None
+    radius: Radius | None = None
+    radius_midpoint: Radius | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Row:
     """First-order equivalence at one (layer, site, scope).
 
     `remainder` is the relative remainder at full size (t = 1) of the derivative at
-    the base, `remainder_midpoint` of the derivative at W + ΔW/2. `rest` has the same
+    the base, `remainder_midpoint` of the derivative at W + ΔW/2. `rest` has these
     without first positions; `None` where there are no others, or no positions.
     `unflipped` has it without tokens that change experts; `None` in local rows, and
     where no layer up to here is a mixture of experts or no token keeps its own.

@@ -42,8 +42,9 @@ class Flips:
     mixtures: Collection[int] = ()
     scales: Sequence[float] | None = (1.0,)
     counts: dict[int, FlipCount] = field(default_factory=dict)
-    # (batch, whether its tokens are an encoder's) → flipped so far, like the mask
-    _so_far: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
+    # (batch, whether its tokens are an encoder's) → layer → flipped so far, bool like
+    # the mask
+    _so_far: dict[tuple[int, bool], dict[int, Tensor]] = field(default_factory=dict)
 
     def add(self, trace: Trace, mask: Tensor) -> None:
         """Take in one batch of one stage; `mask` has the tokens that count."""
@@ -53,8 +54,9 @@ class Flips:
         here = self._here(trace, mask)
         if here is None:
             return
-        key = trace.batch, trace.stage.encodes
-        so_far = self._so_far[key] = here | self._so_far.get(key, here)
+        below = self._flipped(trace)
+        so_far = here if below is None else here | below
+        self._so_far.setdefault(_tokens(trace), {})[layer] = so_far
         count = self.counts.setdefault(layer, FlipCount())
         count.here += int(here.sum())
         count.so_far += int(so_far.sum())
@@ -66,8 +68,13 @@ class Flips:
         Returns:
             Bool like `mask`; `None` where no block up to here chooses experts.
         """
-        so_far = self._so_far.get((trace.batch, trace.stage.encodes))
+        so_far = self._flipped(trace)
         return None if so_far is None else mask & ~so_far
+
+    def _flipped(self, trace: Trace) -> Tensor | None:
+        found = self._so_far.get(_tokens(trace), {})
+        last = max((i for i in found if i <= trace.stage.layer), default=None)
+        return None if last is None else found[last]
 
     def _here(self, trace: Trace, mask: Tensor) -> Tensor | None:
         """Whose experts change at this very block; `None` where that is not known."""
@@ -80,3 +87,8 @@ class Flips:
         scales = trace.experts if self.scales is None else self.scales
         moved = [flipped(base, {0: trace.experts[s]})[0] for s in scales]
         return torch.stack(moved).any(0).reshape(mask.shape) & mask
+
+
+def _tokens(trace: Trace) -> tuple[int, bool]:
+    """Whose tokens a stage passes on."""
+    return trace.batch, trace.stage.encodes

@@ -82,6 +82,17 @@ class Comparison:
         return max(-1.0, min(1.0, self.product / size)) if size else None
 
 
+def apart(one: float | None, other: float | None) -> float:
+    """How far two figures are from each other, as a share of the larger.
+
+    Example:
+        >>> apart(0.2, 0.5), apart(0.0, None)
+        (0.6, 0.0)
+    """
+    larger = max(one or 0.0, other or 0.0)
+    return abs((one or 0.0) - (other or 0.0)) / larger if larger else 0.0
+
+
 def ratio(part: float, whole: float) -> float | None:
     """Part / whole, or `None` when the whole is zero."""
     return part / whole if whole else None

@@ -12,16 +12,22 @@ for the same ones: each is run once.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import product
 
+from torch import Tensor
+
+from equiv.model.batches import first_unmasked
 from equiv.model.stages import StagedModel
 from equiv.shift.calculus import Curve, RowKey, Selection, scopes
-from equiv.shift.measures import Comparison, counted
+from equiv.shift.flips import Flips
+from equiv.shift.measures import Comparison, apart, counted
 from equiv.shift.propagate import propagate
 from equiv.shift.results import Radius, Scope
 from equiv.shift.table import FullSize
-from equiv.shift.traces import Point
+from equiv.shift.traces import Point, Trace
 from equiv.update.update import Update
 
 TOLERANCE = 0.1
@@ -30,8 +36,21 @@ LARGEST = 8.0
 # How far below t = 1 a remainder is looked for that is larger there than at t = 1.
 DOUBTED_OCTAVES = 4
 
-# (row, whether the derivative is taken at the midpoint)
-Question = tuple[RowKey, bool]
+# A part of the tokens whose remainder at full size differs by more than this share of
+# the larger from that over all tokens is told apart, and gets a radius of its own.
+APART = 0.1
+
+
+class Part(StrEnum):
+    """The tokens that a radius is about."""
+
+    ALL = "all"
+    REST = "without first positions"
+    UNFLIPPED = "unflipped"  # whose experts the full update leaves
+
+
+# (row, whether the derivative is taken at the midpoint, tokens)
+Question = tuple[RowKey, bool, Part]
 
 
 @dataclass
@@ -124,10 +143,13 @@ def radii(
     low: Sequence[str],
     selection: Selection,
     midpoint: bool,
+    flips: Flips,
     tolerance: float = TOLERANCE,
     derivative: str = "forward",
 ) -> dict[Question, Radius]:
     """Radii at every row that has a shift, at the base and at the midpoint.
+
+    Parts of the tokens have their own at propagated rows where they are told apart.
 
     Args:
         cut: The model cut into stages, with all tokens.
@@ -137,6 +159,7 @@ def radii(
         low: Names whose low-rank factors are applied beside the weight.
         selection: Which layers and sites are rows.
         midpoint: Whether the radius at the midpoint is wanted too.
+        flips: The tokens that the full update sends to other experts.
         tolerance: τ.
         derivative: As for `propagate`.
     """
@@ -146,7 +169,7 @@ def radii(
         asked = {q: k for q, k in wanted.items() if k is not None}
         if not asked:
             break
-        measured = _measure(cut, update, asked, low, selection, derivative)
+        measured = _measure(cut, update, asked, low, selection, flips, derivative)
         for question, remainder in measured.items():
             brackets[question].probed[asked[question]] = remainder
     return {q: b.radius(tolerance) for q, b in brackets.items()}
@@ -160,16 +183,39 @@ def _start(
 ) -> dict[Question, _Bracket]:
     """One known scale each, t = 1, and the prediction."""
     brackets: dict[Question, _Bracket] = {}
-    for key, row in full.items():
-        base, middle = row.first.relative_remainder, row.midpoint.relative_remainder
-        curve = curves[key]
-        if base is not None:
-            predicted = _finite(curve.predicted_radius(tolerance))
-            brackets[key, False] = _Bracket({0: base}, predicted)
-        if midpoint and middle is not None:
-            predicted = _finite(curve.predicted_radius_midpoint(tolerance))
-            brackets[key, True] = _Bracket({0: middle}, predicted)
+    for key, whole in full.items():
+        for part, row, curve in _parts(key, whole, curves[key]):
+            base, middle = row.first.relative_remainder, row.midpoint.relative_remainder
+            if base is not None:
+                predicted = curve and _finite(curve.predicted_radius(tolerance))
+                brackets[key, False, part] = _Bracket({0: base}, predicted)
+            if midpoint and middle is not None:
+                predicted = curve and _finite(
+                    curve.predicted_radius_midpoint(tolerance)
+                )
+                brackets[key, True, part] = _Bracket({0: middle}, predicted)
     return brackets
+
+
+def _parts(
+    key: RowKey, whole: FullSize, curve: Curve
+) -> Iterator[tuple[Part, FullSize, Curve | None]]:
+    """A row's tokens, and the parts of them to be told apart, with their curves."""
+    yield Part.ALL, whole, curve
+    if key[2] is not Scope.PROPAGATED:
+        return
+    if whole.rest is not None and _told_apart(whole, whole.rest):
+        yield Part.REST, whole.rest, None
+    if whole.unflipped is not None and _told_apart(whole, whole.unflipped):
+        yield Part.UNFLIPPED, whole.unflipped, curve.unflipped
+
+
+def _told_apart(whole: FullSize, part: FullSize) -> bool:
+    pairs = ((whole.first, part.first), (whole.midpoint, part.midpoint))
+    return any(
+        apart(one.relative_remainder, other.relative_remainder) > APART
+        for one, other in pairs
+    )
 
 
 def _finite(value: float | None) -> float | None:
@@ -182,30 +228,38 @@ def _measure(
     asked: Mapping[Question, int],
     low: Sequence[str],
     selection: Selection,
+    flips: Flips,
     derivative: str,
 ) -> dict[Question, float]:
     """Relative remainders at the grid scales asked for, in one pass."""
     points, local = (
-        _points([(k, mid) for (key, mid), k in asked.items() if key[2] is scope])
+        _points([(k, mid) for (key, mid, _), k in asked.items() if key[2] is scope])
         for scope in (Scope.PROPAGATED, Scope.LOCAL)
     )
     sums: dict[Question, Comparison] = {}
     passes = propagate(cut, update, points, low=low, local=local, derivative=derivative)
     for _, _, traces in passes:
         for trace in traces:
-            mask = cut.mask(trace.stage, trace.batch)
+            tokens = _tokens(trace, cut.mask(trace.stage, trace.batch), flips)
             for key, f, d in scopes(trace, selection):
-                for mid in (False, True):
-                    k = asked.get((key, mid))
+                for mid, (part, mask) in product((False, True), tokens.items()):
+                    k = asked.get((key, mid, part))
                     if k is None or not d:  # not asked, or nothing moves here
                         continue
                     site, t = key[1], _t(k)
                     base = counted(f[0.0][site], mask)
                     slope = counted(d[t / 2 if mid else 0.0][site], mask)
-                    sums.setdefault((key, mid), Comparison()).add(
+                    sums.setdefault((key, mid, part), Comparison()).add(
                         counted(f[t][site], mask) - base, t * slope
                     )
     return {q: _relative(c) for q, c in sums.items()}
+
+
+def _tokens(trace: Trace, mask: Tensor, flips: Flips) -> dict[Part, Tensor]:
+    """The tokens of each part, bool like the mask."""
+    found = {Part.ALL: mask, Part.REST: mask & ~first_unmasked(mask)}
+    kept = flips.kept(trace, mask)
+    return found if kept is None else {**found, Part.UNFLIPPED: kept}
 
 
 def _relative(found: Comparison) -> float:
