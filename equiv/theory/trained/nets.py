@@ -109,7 +109,7 @@ def nets(seed: int, recipe: Recipe = Recipe()) -> Nets:
     return replace(made, accuracy=scores)
 
 
-def new_base(seed: int, recipe: Recipe = Recipe()) -> Any:
+def new_base(seed: int, recipe: Recipe = Recipe(), activation: str = "silu") -> Any:
     """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,6 +121,7 @@ def new_base(seed: int, recipe: Recipe = Recipe()) -> Any:
             intermediate_size=3 * recipe.width,
             num_hidden_layers=recipe.layers,
             num_attention_heads=4,
+            hidden_act=activation,
             max_position_embeddings=32,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             pad_token_id=IDS["<pad>"],
