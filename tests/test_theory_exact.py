@@ -1,13 +1,11 @@
 """Exact claims hold for any seed, and fail when what they say is broken."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from breaking import Broken, break_one, each, off, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,18 +14,10 @@ from witness import SWEEP
 
 import equiv
 from equiv.theory import Claim, Verdict
-from equiv.theory import claims as folder
-from equiv.theory.toys import Tensors
 from equiv.theory.values import Kind
 
 EXACT = [c for c in equiv.theory.shipped() if c.kind is Kind.EXACT]
 SEEDED = [c for c in EXACT if "seed" in c.needs]
-
-
-def module_of(number: int) -> ModuleType:
-    names = [found.name for found in pkgutil.iter_modules(folder.__path__)]
-    (name,) = [name for name in names if name.startswith(f"claim_{number:02}_")]
-    return importlib.import_module(f"{folder.__name__}.{name}")
 
 
 def judgement(number: int, seed: int = 0) -> Any:
@@ -45,23 +35,6 @@ def test_it_holds_for_any_seed(claim: Claim, seed: int) -> None:
         assert judged.as_written["verdict"] is Verdict.FAILS
 
 
-def scaled(found: Any) -> Any:
-    """What a formula gives, off by a millionth: ten thousand times the tolerance."""
-    if isinstance(found, Tensors):
-        return type(found)(*(scaled(tensor) for tensor in found))
-    if isinstance(found, tuple):
-        return tuple(scaled(part) for part in found)
-    if isinstance(found, dict):
-        return {key: scaled(value) for key, value in found.items()}
-    if isinstance(found, int):
-        return found + 1
-    return found * (1 + 1e-6)
-
-
-def off(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: scaled(original(*args, **kwargs))
-
-
 def late_oracle(original: Callable[..., Any]) -> Callable[..., Any]:
     """Writes a state that is off by a millionth."""
     return lambda target, layer, mask: original(scaled(target), layer, mask)
@@ -77,8 +50,7 @@ def full_projector(original: Callable[..., Any]) -> Callable[..., Any]:
     return projector
 
 
-# (claim, function of its file, how it is broken)
-BROKEN: list[tuple[int, str, Callable[[Any], Any]]] = [
+BROKEN: list[Broken] = [
     (1, "first_order", off),
     (1, "slope", lambda _: lambda phi, x: torch.ones_like(x)),
     (2, "up_down", off),
@@ -125,20 +97,9 @@ BROKEN: list[tuple[int, str, Callable[[Any], Any]]] = [
 
 @pytest.mark.claim(1, 2, 3, 4, 5, 6, 7, 8, 9, 18, 19, 20, 22, 25, 28, 30, 33, 34)
 @pytest.mark.claim(38, 43, 45)
-@pytest.mark.parametrize(
-    ("number", "name", "broken"),
-    BROKEN,
-    ids=[f"{number} {name} {n}" for n, (number, name, _) in enumerate(BROKEN)],
-)
-def test_it_fails_when_broken(
-    number: int,
-    name: str,
-    broken: Callable[[Any], Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module = module_of(number)
-    monkeypatch.setattr(module, name, broken(getattr(module, name)))
-    judged = judgement(number)
+@each(BROKEN)
+def test_it_fails_when_broken(case: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = judgement(break_one(monkeypatch, case))
     assert judged.verdict is Verdict.FAILS
     assert judged.broken and "expected" in judged.says
 

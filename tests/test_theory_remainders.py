@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_theory_exact import module_of
+from breaking import module_of
 from test_theory_orders import drawn
 from test_theory_small_updates import judged
 from torch import nn

@@ -7,20 +7,18 @@ import numpy as np
 import pytest
 import torch
 import witness
+from breaking import Broken, break_one, each
 from torch import Tensor
 
 import equiv
 from equiv.testing.models import transformer
 from equiv.theory import Judged, Verdict
-from equiv.theory.claims import claim_15_shared_parameters as claim_15
-from equiv.theory.claims import claim_16_constant_misfit as claim_16
 from equiv.theory.norms import as_norm
 from equiv.theory.scales import at_scales
 from equiv.theory.setting import setting
 from equiv.theory.shared_maps import affine_rank, best_map, misfit, misfit_through
 
 IDS = torch.randint(3, 32, (16, 8), generator=torch.Generator().manual_seed(1))
-MODULES = {15: claim_15, 16: claim_16}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -161,10 +159,6 @@ def test_an_update_that_is_a_steer_has_no_misfit() -> None:
     assert few.verdict is Verdict.INCONCLUSIVE
 
 
-def off(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: 1.001 * original(*args)
-
-
 def worse(original: Callable[..., Any]) -> Callable[..., Any]:
     def found(*args: Any) -> Any:
         own = original(*args)
@@ -173,7 +167,7 @@ def worse(original: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
-BROKEN: list[tuple[int, str, Callable[[Any], Any]]] = [
+BROKEN: list[Broken] = [
     (15, "best_map", worse),
     (15, "affine_rank", lambda f: lambda x: f(x) + 1),
     (15, "misfit", lambda f: lambda found, x, y: f(found, x, y) / len(x) ** 2),
@@ -186,17 +180,9 @@ BROKEN: list[tuple[int, str, Callable[[Any], Any]]] = [
 
 
 @pytest.mark.claim(15, 16)
-@pytest.mark.parametrize(
-    ("number", "name", "broken"), BROKEN, ids=[f"{n} {name}" for n, name, _ in BROKEN]
-)
-def test_it_fails_when_broken(
-    number: int,
-    name: str,
-    broken: Callable[[Any], Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    own = MODULES[number]
-    monkeypatch.setattr(own, name, broken(getattr(own, name)))
+@each(BROKEN)
+def test_it_fails_when_broken(case: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = break_one(monkeypatch, case)
     model = transformer("llama")
     found = judged(number, model, random(model, 0.3))
     assert found.verdict is Verdict.FAILS, found.says

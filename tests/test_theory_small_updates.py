@@ -1,12 +1,11 @@
 """Claims about small updates: against plain hooks, broken once, and where they end."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_theory_exact import module_of, off
+from breaking import Broken, break_one, each, module_of, off
 from test_theory_orders import drawn, plain_outputs
 from torch import Tensor
 from witness import close, whole_jvp
@@ -171,8 +170,7 @@ def test_the_gap_is_that_of_plain_hooks(inside: Setting) -> None:
     assert math.isclose(gaps["0.0625"], (rest / whole) ** 0.5, rel_tol=1e-3)
 
 
-# (claim, function of its file, how it is broken)
-BROKEN: list[tuple[int, str, Callable[[Any], Any]]] = [
+BROKEN: list[Broken] = [
     (11, "local_offsets", off),
     (11, "outside_blocks", lambda _: lambda model, update: None),
     (12, "local_offsets", off),
@@ -185,21 +183,11 @@ BROKEN: list[tuple[int, str, Callable[[Any], Any]]] = [
 
 
 @pytest.mark.claim(11, 12, 39, 40, 44)
-@pytest.mark.parametrize(
-    ("number", "name", "broken"),
-    BROKEN,
-    ids=[f"{number} {name}" for number, name, _ in BROKEN],
-)
+@each(BROKEN)
 def test_it_fails_when_broken(
-    number: int,
-    name: str,
-    broken: Callable[[Any], Any],
-    whole: Setting,
-    monkeypatch: pytest.MonkeyPatch,
+    case: Broken, whole: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = module_of(number)
-    monkeypatch.setattr(module, name, broken(getattr(module, name)))
-    found = judged(number, whole)
+    found = judged(break_one(monkeypatch, case), whole)
     assert found.verdict is Verdict.FAILS, found.says
 
 
