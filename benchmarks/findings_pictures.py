@@ -285,7 +285,7 @@ MEANINGS = {
 
 
 def sites(results: Results) -> "Figure":
-    """What a steer that reads one site leaves of the block's shift."""
+    """What reading a site leaves beyond what reading block_out does, seed by seed."""
     results.claim(17)
     found = results.study("fine_tunes")
     updates = {**found["misfit"], "W_d of all weights alone": found[W_D]}
@@ -293,16 +293,32 @@ def sites(results: Results) -> "Figure":
     panels = figure.subplots(1, len(updates), sharey=True)
     for axes, (update, by_site) in zip(panels, updates.items(), strict=True):
         _dress(axes, update, "block", "")
-        for k, (site, by_rank) in enumerate(by_site.items()):
-            _with_intervals(axes, by_rank[RANK], k, shift=0.09 * (k - 2), label=site)
-        axes.set_ylim(0, 1)
+        axes.axhline(0, color=SOFT, linewidth=1)
+        best = by_site["block_out"][RANK]
+        others = [site for site in by_site if site != "block_out"]
+        for k, site in enumerate(others):
+            _with_intervals(
+                axes,
+                _less(by_site[site][RANK], best),
+                k,
+                shift=0.1 * (k - 1.5),
+                label=site,
+            )
         axes.yaxis.set_major_formatter(_percent)
-    panels[0].set_ylabel(f"left by rank {RANK}")
+    panels[0].set_ylabel(f"misfit less block_out's, rank {RANK}")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), title="reading"
-    )
+    legend = {"loc": "outside lower center", "ncols": len(labels)}
+    figure.legend(handles, labels, title="the steer reads", **legend)
     return figure
+
+
+Table = Sequence[Sequence[float]]  # a list per seed, a figure per layer
+
+
+def _less(first: Table, second: Table) -> Table:
+    """First − second."""
+    rows = zip(first, second, strict=True)
+    return [[x - y for x, y in zip(a, b, strict=True)] for a, b in rows]
 
 
 W_D, RANK = "misfit of W_d alone", "8"
@@ -377,7 +393,7 @@ _KINDS = {"linear": BLUE, "silu": BLUE, "loreft": ORANGE, "LoRA": GREEN, "joint"
 
 def _with_intervals(
     axes: "Axes",
-    by_seed: Sequence[Sequence[float]],
+    by_seed: Table,
     which: int,
     shift: float = 0.0,
     **style: Any,
@@ -399,7 +415,7 @@ def _with_intervals(
 
 
 def _percent(share: float, _: object = None) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f} %".replace("-", "−")
 
 
 PICTURES: dict[str, Callable[[Results], "Figure"]] = {
