@@ -102,7 +102,16 @@ def conditions(entry: Mapping[str, Any]) -> str:
 
 
 def vector(value: Any) -> str:
-    """A figure, or a list of them in brackets."""
+    """A figure, a list of them in brackets, or a mean over seeds with its interval.
+
+    Example:
+        >>> vector({"mean": 0.5, "95 % interval": [0.4, 0.6], "n": 5})
+        '0.5 (95 % interval 0.4 to 0.6, n = 5)'
+    """
+    if isinstance(value, Mapping) and "95 % interval" in value:
+        low, high = (figure(end, 2) for end in value["95 % interval"])
+        centre = figure(value["mean"])
+        return f"{centre} (95 % interval {low} to {high}, n = {value['n']})"
     text = shown(value)
     return f"({text})" if isinstance(value, list) else text
 
