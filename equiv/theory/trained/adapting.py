@@ -4,7 +4,7 @@ Steering at a site of every block, LoRA, both at once, or all weights. Every met
 the same expressions in the same order, the same loss (the value of each bracket, at the
 bracket), the same steps of AdamW with one cycle of the learning rate; only what is
 trained differs, and the rate, which is chosen among the same few for each on a base of
-its own (`best_rate`).
+its own (`by_rate`).
 
 Steering starts as an exact no-op: up = 0 in linear and SiLU adapters, W = R and b = 0
 in LoReFT, zero vectors. Trained jointly with LoRA, the adapter can be kept off what
@@ -16,7 +16,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from equiv.steering.forms.loreft import LoReFT
 from equiv.steering.forms.mlp import LowRankMLP
 from equiv.steering.forms.steering_set import SteeringSet
 from equiv.steering.forms.vector import Vector
-from equiv.tasks.listops import MAX_TOKENS, Example, generate
+from equiv.tasks.listops import MAX_TOKENS, Example
 from equiv.theory.subspaces import overlap, projector
 
 FORMS = ("linear", "silu", "loreft", "vector", "heads")
@@ -128,12 +127,9 @@ def asked(examples: Iterable[Example]) -> Asked:
     return Asked(ids * mask, mask, targets, weights, last)
 
 
-def batches(
-    operators: Sequence[str], seed: int, *, count: int, size: int
-) -> list[Asked]:
-    """What is trained on: `count` batches of `size` expressions."""
-    source = generate(operators, seed)
-    return [asked(islice(source, size)) for _ in range(count)]
+def unsteered(model: nn.Module) -> Adapted:
+    """A model as it is."""
+    return Adapted(model, SteeringSet({}), 0)
 
 
 def adapt(
@@ -216,21 +212,17 @@ def scores(adapted: Adapted, held_out: Asked) -> dict[str, float]:
     }
 
 
-def best_rate(
+def by_rate(
     base: Any,
     method: Method,
     data: Sequence[Asked],
     validation: Asked,
     rates: Sequence[float],
     seed: int,
-) -> tuple[float, dict[float, float]]:
-    """The rate with the least validation loss, and the loss of each."""
-    tried = {
-        rate: scores(adapt(base, method, data, rate=rate, seed=seed), validation)
-        for rate in rates
-    }
-    losses = {rate: found["loss"] for rate, found in tried.items()}
-    return min(losses, key=lambda rate: losses[rate]), losses
+) -> dict[float, float]:
+    """The validation loss after training at each rate."""
+    tried = {rate: adapt(base, method, data, rate=rate, seed=seed) for rate in rates}
+    return {rate: scores(found, validation)["loss"] for rate, found in tried.items()}
 
 
 @torch.no_grad()

@@ -92,13 +92,12 @@ def nets(seed: int, recipe: Recipe = Recipe()) -> Nets:
 
     They are shared by whoever asks: leave them as they are, and train copies.
     """
-    base = new_base(seed, recipe)
-    recipe.base(base, RARELY, 10 * seed + 1, OTHER)
+    base = base_of(seed, recipe)
     full = copy.deepcopy(base)
     recipe.full(full, EVENLY, 10 * seed + 2)
     lora = with_lora(copy.deepcopy(base), seed)  # a PeftModel changes what it wraps
     recipe.lora(lora, EVENLY, 10 * seed + 3)
-    made = Nets(seed, base.eval(), full.eval(), lora.eval(), {})
+    made = Nets(seed, base, full.eval(), lora.eval(), {})
     scores = {
         name: {
             "old": right(model, OLD, recipe.scored),
@@ -107,6 +106,14 @@ def nets(seed: int, recipe: Recipe = Recipe()) -> Nets:
         for name, model in {"base": base, **made.tuned}.items()
     }
     return replace(made, accuracy=scores)
+
+
+@lru_cache(maxsize=8)
+def base_of(seed: int, recipe: Recipe = Recipe()) -> Any:
+    """The base of a seed alone, in eval mode; shared likewise."""
+    base = new_base(seed, recipe)
+    recipe.base(base, RARELY, 10 * seed + 1, OTHER)
+    return base.eval()
 
 
 def new_base(seed: int, recipe: Recipe = Recipe(), activation: str = "silu") -> Any:
