@@ -117,6 +117,6 @@ def _as_written(spread: Mapping[str, Value], width: int) -> AsWritten:
         return AsWritten(Verdict.HOLDS, "nowhere surely above a tenth of the width")
     return AsWritten(
         Verdict.FAILS,
-        f"{place} is {figure(places[place].mean, 2)} of the width {width}",
+        f"up to {figure(places[place].mean, 2)} of the width {width} ({place})",
         {place: places[place].to_dict()},
     )
