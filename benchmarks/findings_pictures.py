@@ -361,7 +361,8 @@ def methods(results: Results) -> "Figure":
     """Held-out loss of every method: seeds, and their mean with its interval."""
     results.claim(35)
     found = results.study("adapting")
-    losses = dict(sorted(found["loss"].items(), key=lambda one: mean(one[1])))
+    ranked = sorted(found["loss"], key=lambda name: mean(found["loss"][name]))
+    losses = {name: found["loss"][name] for name in ranked if name != "base"}
     figure = blank(9.0, 0.9 + 0.24 * len(losses))
     axes = figure.subplots()
     _dress(axes, "Loss of the answers on held-out expressions", "nats", "")
@@ -369,7 +370,7 @@ def methods(results: Results) -> "Figure":
     axes.grid(axis="y", visible=False)
     for place, by_seed in enumerate(losses.values()):
         m = certainty.mean(by_seed)
-        colour = _KINDS.get([*losses][place].split()[0], SOFT)
+        colour = _KINDS.get([*losses][place].split()[0].rstrip(","), SOFT)
         axes.scatter(by_seed, [place] * len(by_seed), color=colour, s=9, alpha=0.5)
         axes.errorbar(
             m.mean,
@@ -380,8 +381,7 @@ def methods(results: Results) -> "Figure":
             markersize=4.5,
             elinewidth=1.2,
         )
-    numbers = {"base": 0, **found["parameters"]}
-    names = [f"{name}, {numbers[name]:,}" for name in losses]
+    names = [f"{name}, {found['parameters'][name]:,}" for name in losses]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     return figure
