@@ -151,6 +151,12 @@ BREAKAGES = {
         "@claim(\n    17,",
         "expected the name claim_17_",
     ),
+    "claim that nothing runs": (
+        REPLICATION,
+        "@claim(\n    18,",
+        "@later(\n    18,",
+        "claim 18: nothing in equiv/theory/claims/ runs it",
+    ),
     "claim without a title": (REPLICATION, "    title=", "    name=", "no title in"),
     "claim whose code forgets the source's statement": (
         REPLICATION,

@@ -14,12 +14,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gate.running import Code, code_errors, codes
+from gate.running import FOLDER, Code, code_errors, codes
 from gate.sources import THEOREM, code, source_errors, sources
 
 # In the order of strength; "refuted" is said of a claim as its source states it.
 STATUSES = ("proved", "checked symbolically", "tested", "refuted")
 AXIOMS = ("none", "reals")
+CLAIMS = 49  # of the theory
 PATTERNS = ("test_proofs*.py", "test_symbolic*.py", "test_theory*.py")
 
 
@@ -173,8 +174,11 @@ def claim_errors(listing: Listing) -> Iterator[str]:
 
 
 def agreement_errors(listing: Listing) -> Iterator[str]:
-    """What the lists say of a claim, its code and its tests agree."""
+    """Every claim has code; what the lists say of it, its code and its tests agree."""
     by_number = {code.number: code for code in listing.codes}
+    for number in range(1, CLAIMS + 1):
+        if number not in by_number:
+            yield f"claim {number}: nothing in {FOLDER}/ runs it"
     for claim in listing.claims:
         code = by_number.get(claim.number)
         if code and claim.part == "as written" and not code.as_written:
