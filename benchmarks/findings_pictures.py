@@ -352,7 +352,7 @@ def joint(results: Results) -> "Figure":
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("overlap, mean over layers")
     panels[1].annotate(
-        "chance", (1, chance), xycoords=("axes fraction", "data"), va="center"
+        " chance", (1, chance), xycoords=("axes fraction", "data"), va="center"
     )
     return figure
 
