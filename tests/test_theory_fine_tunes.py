@@ -265,6 +265,12 @@ def test_gains_are_those_of_a_dense_jacobian() -> None:
     torch.testing.assert_close(gain.excess, rest.sqrt(), rtol=0.1, atol=0)
 
 
+def _shapes(table: Any) -> Any:
+    if isinstance(table, dict):
+        return {key: _shapes(inner) for key, inner in table.items()}
+    return np.shape(table)
+
+
 def test_the_study_has_the_shape_that_claims_read() -> None:
     sizes = Sizes(sequences=24, few=8, ranks=(2, None), mlp_rank=2)
     rows = [of_nets(nets(seed, TINY), sizes) for seed in (0, 1)]
@@ -286,6 +292,15 @@ def test_the_study_has_the_shape_that_claims_read() -> None:
         assert np.shape(output["exact over KL"]) == np.shape(output["scales"])
         assert set(output["rank correlation"]) == {"exact", "first order", "stream"}
         assert np.shape(results["accuracy"][name]["new"]) == (2,)
+        control = results["control"][name]
+        for key, trained in (
+            ("misfit", results["misfit"][name]),
+            ("coverage", results["coverage"][name]),
+            ("by form", results["by form"][name]),
+            ("output", output),
+        ):
+            assert _shapes(control[key]) == _shapes(trained)
+            assert control[key] != trained
     assert np.shape(results["misfit of W_d alone"]["mlp_out"]["2"]) == (2, 2)
     assert np.shape(results["gain"]["excess with 1/rho"]) == (2, 2)
     assert results["width"] == [16, 16]

@@ -31,7 +31,13 @@ LEARNED = {"accuracy": accuracy(0.1, *UPDATES)}
 
 def judge(number: int, results: Any) -> ClaimResult:
     (found,) = (claim for claim in shipped() if claim.id == number)
-    return found.test({**LEARNED, **results})
+    return found.test({**LEARNED, **controls(results), **results})
+
+
+def controls(results: Any) -> Any:
+    """What random updates do, as results hold it; here the same as the updates."""
+    keys = [k for k in ("misfit", "coverage", "by form", "output") if k in results]
+    return {"control": {n: {key: results[key][n] for key in keys} for n in UPDATES}}
 
 
 def table(*by_layer: float, jitter: tuple[float, ...] = SEEDS) -> list[list[float]]:
@@ -217,6 +223,27 @@ def test_random_updates_move_less() -> None:
     assert found.verdict is Verdict.HOLDS and found.says.endswith("by layer")
     assert judge(47, moved(1.0, 3.0)).verdict is Verdict.FAILS
     assert judge(47, moved(3.0, 2.0, jitter=WILD)).verdict is Verdict.INCONCLUSIVE
+
+
+@pytest.mark.claim(17, 21, 27, 42)
+@pytest.mark.parametrize(
+    ("number", "trained", "drawn", "evidence"),
+    [
+        (17, misfits(0.3, 0.45), misfits(0.45, 0.3), "mlp_out less block_out"),
+        (21, coverages(0.4, 0.5), coverages(0.02, 0.03), "δskip share"),
+        (27, forms(0.4, 0.3, 0.1), forms(0.3, 0.4, 0.1), "gain"),
+        (42, outputs(1, 0, 0.9, 0.4), outputs(1, 0, 0.4, 0.9), "less that of ‖δh‖"),
+    ],
+)
+def test_controls_are_shown_and_do_not_judge(
+    number: int, trained: Any, drawn: Any, evidence: str
+) -> None:
+    found = judge(number, {**trained, **controls(drawn)})
+    assert found.verdict is judge(number, trained).verdict is Verdict.HOLDS
+    own = found.evidence[evidence].values()
+    control = found.evidence[f"{evidence}, random update of equal norm"].values()
+    largest = max(figures["mean"] for figures in control)
+    assert largest < min(figures["mean"] for figures in own)
 
 
 def depths(

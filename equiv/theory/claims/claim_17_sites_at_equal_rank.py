@@ -47,6 +47,9 @@ ORDER = ("block_out", "mlp_out", "mlp_in", "attn_out")
         layer, or the part of the update that is W_d's, goes the other way beyond its
         own interval; it fails if an interval lies below 0, and is inconclusive
         otherwise.
+
+        The same of random updates of equal norm stands in the evidence and judges
+        nothing: what it shows too has not been learned.
     """,
 )
 def sites_at_equal_rank(results: Mapping[str, Value]) -> ClaimResult:
@@ -54,13 +57,8 @@ def sites_at_equal_rank(results: Mapping[str, Value]) -> ClaimResult:
     if (undecided := unlearned(results["accuracy"])) is not None:
         return undecided
     misfits = results["misfit"]
-    means = {
-        f"{name}, rank {rank}": difference(
-            over_layers(by_site["mlp_out"][rank]), over_layers(table)
-        )
-        for name, by_site in misfits.items()
-        for rank, table in by_site["block_out"].items()
-    }
+    means = _gaps(misfits)
+    control = {name: found["misfit"] for name, found in results["control"].items()}
     verdict = decided(means.values())
     alone = {"W_d alone": results["misfit of W_d alone"]}
     against = {
@@ -82,12 +80,26 @@ def sites_at_equal_rank(results: Mapping[str, Value]) -> ClaimResult:
         },
         evidence={
             "mlp_out less block_out": {n: m.to_dict() for n, m in means.items()},
+            "mlp_out less block_out, random update of equal norm": {
+                name: found.to_dict() for name, found in _gaps(control).items()
+            },
             "x′ less block_out, both written at block_out": _reading(misfits),
             "misfit of the update, full rank, by layer": _shown(misfits),
             "misfit of W_d alone, full rank, by layer": _shown(alone),
         },
         as_written=_as_written(misfits),
     )
+
+
+def _gaps(misfits: Mapping[str, Value]) -> dict[str, Mean]:
+    """mlp_out less block_out, averaged over layers, for every update and rank."""
+    return {
+        f"{name}, rank {rank}": difference(
+            over_layers(by_site["mlp_out"][rank]), over_layers(table)
+        )
+        for name, by_site in misfits.items()
+        for rank, table in by_site["block_out"].items()
+    }
 
 
 def _layer_by_layer(

@@ -36,18 +36,20 @@ WRITTEN = (0.3, 0.6)  # what the source says that a steer of the MLP's output le
         layer, with conditions where a single layer's does not, fails where an average
         lies below, and is inconclusive otherwise. As written it fails where a layer's
         interval lies outside 30 to 60 %.
+
+        The same of random updates of equal norm stands in the evidence and judges
+        nothing: what it shows too has not been learned.
     """,
 )
 def coverage_of_shifts(results: Mapping[str, Value]) -> ClaimResult:
     """Shares by update, scope and layer."""
     if (undecided := unlearned(results["accuracy"])) is not None:
         return undecided
-    tables = {
-        f"{name}, {scope}": ratios
-        for name, by_scope in results["coverage"].items()
-        for scope, ratios in by_scope.items()
-    }
-    whole = {name: mean(over_layers(t[SKIP])) for name, t in tables.items()}
+    tables = _tables(results["coverage"])
+    whole = _averages(tables)
+    control = _averages(
+        _tables({name: found["coverage"] for name, found in results["control"].items()})
+    )
     single = {
         f"{name}, layer {layer}": mean(at_layer(ratios[SKIP], layer))
         for name, ratios in tables.items()
@@ -68,6 +70,9 @@ def coverage_of_shifts(results: Mapping[str, Value]) -> ClaimResult:
         conditions={f"not above a tenth: {n}": str(m) for n, m in short.items()},
         evidence={
             "δskip share": {name: found.to_dict() for name, found in whole.items()},
+            "δskip share, random update of equal norm": {
+                name: found.to_dict() for name, found in control.items()
+            },
             "by layer": {
                 name: {
                     ratio: [_average(table, layer) for layer in layers(table)]
@@ -78,6 +83,19 @@ def coverage_of_shifts(results: Mapping[str, Value]) -> ClaimResult:
         },
         as_written=_as_written(single),
     )
+
+
+def _tables(coverage: Mapping[str, Value]) -> dict[str, Value]:
+    return {
+        f"{name}, {scope}": ratios
+        for name, by_scope in coverage.items()
+        for scope, ratios in by_scope.items()
+    }
+
+
+def _averages(tables: Mapping[str, Value]) -> dict[str, Mean]:
+    """The skip's share, averaged over layers."""
+    return {name: mean(over_layers(t[SKIP])) for name, t in tables.items()}
 
 
 def _average(table: list[list[float]], layer: int) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from equiv.report.numbers import figure
 from equiv.theory.registry import claim
-from equiv.theory.trained.certainty import Side, difference, mean
+from equiv.theory.trained.certainty import Mean, Side, difference, mean
 from equiv.theory.trained.deciding import (
     at_layer,
     decided,
@@ -48,6 +48,9 @@ MARGIN = 0.01  # of the squared shift
         fits, with conditions if the gain is surely above 0 for both, but not above the
         margin. It fails if at no layer of any update the interval reaches the margin,
         and is inconclusive otherwise.
+
+        The same of random updates of equal norm stands in the evidence and judges
+        nothing: what it shows too has not been learned.
     """,
 )
 def nonlinear_adapter(results: Mapping[str, Value]) -> ClaimResult:
@@ -55,10 +58,8 @@ def nonlinear_adapter(results: Mapping[str, Value]) -> ClaimResult:
     if (undecided := unlearned(results["accuracy"])) is not None:
         return undecided
     forms = results["by form"]
-    gains = {
-        name: difference(over_layers(table["affine"]), over_layers(table["SiLU"]))
-        for name, table in forms.items()
-    }
+    gains = _gains(forms)
+    control = {name: found["by form"] for name, found in results["control"].items()}
     below = {
         name: difference(
             over_layers(table["SiLU"]), over_layers(table["truncated oracle"])
@@ -95,10 +96,21 @@ def nonlinear_adapter(results: Mapping[str, Value]) -> ClaimResult:
         conditions=conditions,
         evidence={
             "gain": {name: found.to_dict() for name, found in gains.items()},
+            "gain, random update of equal norm": {
+                name: found.to_dict() for name, found in _gains(control).items()
+            },
             "gain by layer": {name: found.mean for name, found in single.items()},
             "SiLU less truncated oracle": {n: m.to_dict() for n, m in below.items()},
         },
     )
+
+
+def _gains(forms: Mapping[str, Value]) -> dict[str, Mean]:
+    """What the affine map leaves less what SiLU does, averaged over layers."""
+    return {
+        name: difference(over_layers(table["affine"]), over_layers(table["SiLU"]))
+        for name, table in forms.items()
+    }
 
 
 def _average(table: list[list[float]]) -> float:

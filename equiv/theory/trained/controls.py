@@ -35,8 +35,9 @@ def same_spectrum(update: Update, seed: int) -> Update:
     return _drawn(update, seed, _of_spectrum)
 
 
+NORM = "equal norm"
 CONTROLS: dict[str, Callable[[Update, int], Update]] = {
-    "equal norm": equal_norm,
+    NORM: equal_norm,
     "same spectrum": same_spectrum,
 }
 

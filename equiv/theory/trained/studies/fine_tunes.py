@@ -1,8 +1,9 @@
 """The study `fine_tunes`: what two fine-tunes of each seed's net do to its activations.
 
-Measured on held-out expressions, for an update of all weights, for a LoRA, and for the
-W_d of the former alone. Results are nested by what they are of; innermost stands one
-value per layer, in a list with one entry per seed.
+Measured on held-out expressions, for an update of all weights, for a LoRA, for a random
+update of the norms of either (`control`), and for the W_d of the former alone. Results
+are nested by what they are of; innermost stands one value per layer, in a list with one
+entry per seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from equiv.shift.activations import Shift, shifts
-from equiv.theory.trained.controls import CONTROLS
+from equiv.theory.trained.controls import CONTROLS, NORM
 from equiv.theory.trained.gains import gains
 from equiv.theory.trained.joining import joined
 from equiv.theory.trained.nets import Nets, held_out, nets
@@ -45,7 +46,7 @@ class Sizes:
     mlp_rank: int = 8
 
 
-@study("fine_tunes", minutes=16)
+@study("fine_tunes", minutes=21)
 def fine_tunes(seeds: Sequence[int]) -> Mapping[str, Value]:
     """The results that claims 17, 21, 24, 27, 29, 42 and 47 read."""
     return joined([of_nets(nets(seed)) for seed in seeds])
@@ -75,38 +76,46 @@ def of_nets(made: Nets, sizes: Sizes = Sizes()) -> dict[str, Value]:
 
 
 def _of_update(made: Nets, update: Update, sizes: Sizes) -> dict[str, Value]:
-    found = _shifts(made, update, sizes.sequences)
-    controls = {
-        name: _shifts(made, draw(update, made.seed), sizes.sequences, ("block_out",))
-        for name, draw in CONTROLS.items()
-    }
+    found = {"update": _shifts(made, update, sizes.sequences)}
+    drawn = {name: draw(update, made.seed) for name, draw in CONTROLS.items()}
+    for name, control in drawn.items():
+        found[name] = _shifts(made, control, sizes.sequences)
     return {
-        "misfit": _misfits(found, sizes),
-        "coverage": {
-            "propagated": _per_layer(found, lambda n: coverage(found, n, local=False)),
-            "local": _per_layer(found, lambda n: coverage(found, n, local=True)),
-        },
+        **_of_shifts(made, update, found["update"], sizes),
         "spread": {
             name: _per_layer(by_key, lambda n, k=by_key: _spread(k, n))
-            for name, by_key in {"update": found, **controls}.items()
+            for name, by_key in found.items()
         },
         "size": {
             name: [_size(by_key, layer) for layer in _layers(by_key)]
-            for name, by_key in {"update": found, **controls}.items()
+            for name, by_key in found.items()
         },
-        "by form": _by_form(_shifts(made, update, 3 * sizes.few), sizes.mlp_rank),
-        "output": _output(output_changes(made.base, update, held_out(sizes.few))),
+        "control": _of_shifts(made, drawn[NORM], found[NORM], sizes),
     }
 
 
 Found = Mapping[tuple[int, str], Shift]
 
 
-def _shifts(
-    made: Nets, update: Update, sequences: int, sites: Sequence[str] = SITES
-) -> Found:
+def _of_shifts(
+    made: Nets, update: Update, found: Found, sizes: Sizes
+) -> dict[str, Value]:
+    """What is measured of trained and of drawn updates alike."""
+    few = _shifts(made, update, 3 * sizes.few)
+    return {
+        "misfit": _misfits(found, sizes),
+        "coverage": {
+            "propagated": _per_layer(found, lambda n: coverage(found, n, local=False)),
+            "local": _per_layer(found, lambda n: coverage(found, n, local=True)),
+        },
+        "by form": _by_form(few, sizes.mlp_rank),
+        "output": _output(output_changes(made.base, update, held_out(sizes.few))),
+    }
+
+
+def _shifts(made: Nets, update: Update, sequences: int) -> Found:
     found = shifts(
-        made.base, update, held_out(sequences), sites=sites, dtype=torch.float64
+        made.base, update, held_out(sequences), sites=SITES, dtype=torch.float64
     )
     return {(shift.layer, shift.site): shift for shift in found}
 
