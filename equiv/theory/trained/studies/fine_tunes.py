@@ -46,7 +46,7 @@ class Sizes:
     mlp_rank: int = 8
 
 
-@study("fine_tunes", minutes=21)
+@study("fine_tunes", minutes=25)
 def fine_tunes(seeds: Sequence[int]) -> Mapping[str, Value]:
     """The results that claims 17, 21, 24, 27, 29, 42 and 47 read."""
     return joined([of_nets(nets(seed)) for seed in seeds])
