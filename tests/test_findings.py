@@ -4,6 +4,7 @@ import copy
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -157,11 +158,11 @@ def test_a_section_says_which_claims_it_rests_on_and_goes_with_them(part: str) -
 
 
 def test_commands_can_be_typed() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(app)
     lines = set(re.findall(r"`(equiv claims[^`]*)`", DOCUMENT.read_text()))
     assert len(lines) > len(read().claims)
     known = {str(claim.id) for claim in equiv.theory.shipped()}
     for line in lines:
         _, name, *words = shlex.split(line)
-        context = commands[name].make_context(name, words)
+        context = group.commands[name].make_context(name, words)
         assert set(context.params["what"] or []) <= known

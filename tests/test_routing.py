@@ -117,7 +117,7 @@ def full_pass(model: Any, update: equiv.Update, derivative: str = "forward") -> 
         staged(model, from_inputs(model, CALL, None), F64, sites=["block_out"]) as cut,
     ):
         selection = Selection(frozenset(cut.layers), ("block_out",))
-        table = Table(selection, flips=Flips(cut.mixtures))
+        table = Table(selection, flips=Flips(cut.gates))
         passes = propagate(cut, update, points, local=points, derivative=derivative)
         for _, _, traces in passes:
             for trace in traces:

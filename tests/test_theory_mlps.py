@@ -55,9 +55,9 @@ def test_mlps_are_the_models() -> None:
     u = mlp.u
     for got, expected in zip(mlp.run(u), by_hand(w, u), strict=True):
         torch.testing.assert_close(got, expected)
-    update = equiv.Update.random(model, 0.1, seed=0).deltas
+    update: Any = equiv.Update.random(model, 0.1, seed=0).deltas
     prefix = "model.layers.0.mlp."
-    moved: Any = {n: t + 0.3 * update[prefix + n] for n, t in w.items()}  # type: ignore[operator]
+    moved = {n: t + 0.3 * update[prefix + n] for n, t in w.items()}
     torch.testing.assert_close(mlp.run(u, 0.3)[1], by_hand(moved, u)[1])
     torch.testing.assert_close(mlp.down_change, update[prefix + "down_proj.weight"])
     inner, whole = mlp.slopes(u)

@@ -151,7 +151,7 @@ class Measurement:
             )
         with self._staged(self.batches, dtype) as cut:
             selection = self._selection(cut)
-            table = Table(selection, flips=Flips(cut.mixtures))
+            table = Table(selection, flips=Flips(cut.gates))
             sites = self._steered_sites(self._asked_sites(cut))
             specs = settings.specs(sites, width_of(self.model))
             moments = MomentTable(cut, sites, settings.target)
@@ -194,7 +194,7 @@ class Measurement:
         return replace(report, spectra=found)
 
     def _note_silent_routers(self, cut: StagedModel, table: Table) -> None:
-        if silent := sorted(cut.mixtures - table.flips.counts.keys()):
+        if silent := sorted(cut.gates.keys() - table.flips.counts.keys()):
             layers = ", ".join(map(str, silent))
             self.notes.append(
                 f"tokens that change experts not counted at layers {layers}: routers "

@@ -75,8 +75,8 @@ class StagedModel:
         self._in_stream: set[tuple[str, str]] = set()  # known to reach blocks by it
         self._around = Around(model, blocks, self.batches, dtype)
         self._hooks = Hooks()
-        self._gates = routers(blocks) if blocks is not None else {}
-        self._chosen: Routing = {}  # in the last run
+        self.gates = routers(blocks) if blocks is not None else {}  # layer → router
+        self.chosen: Routing = {}  # in the last run
         self._modules = dict(model.named_modules())
 
     @property
@@ -88,18 +88,6 @@ class StagedModel:
     def layers(self) -> range:
         """Indices of the blocks."""
         return range(self.num_layers)
-
-    @property
-    def mixtures(self) -> frozenset[int]:
-        """The layers that choose experts for every token."""
-        return frozenset(self._gates)
-
-    def chosen(self, stage: Stage) -> Tensor | None:
-        """The experts that the last run of a stage chose, bool [tokens, experts].
-
-        `None` where it chooses none.
-        """
-        return self._chosen.get(stage.layer)
 
     def mask(self, stage: Stage, batch: int) -> Tensor:
         """The tokens of a stage that count, bool [batch, seq]."""
@@ -173,7 +161,7 @@ class StagedModel:
         self._hooks.begin(
             steer or {}, low or {}, scale, at, hidden=hidden, joined=joined
         )
-        self._chosen.clear()
+        self.chosen.clear()
         if stage.name == "module":
             output = model_output(self._around.forward(tensors, batch))
         elif stage.name == "embed":
@@ -342,7 +330,7 @@ class StagedModel:
                 beside = self._hooks.beside(name, module)
                 stack.enter_context(replaced_forward(module, beside))
             stack.enter_context(self.hooked(self.stages))
-            self._chosen = stack.enter_context(chosen_experts(self._gates))
+            self.chosen = stack.enter_context(chosen_experts(self.gates))
             yield
 
     @contextmanager

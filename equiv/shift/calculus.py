@@ -157,7 +157,7 @@ def curves(
     points = taylor_points(scales, midpoint)
     step = step_of(update, cut.model, cut.dtype) if derivative == CENTRAL else None
     found: dict[RowKey, Curve] = {}
-    flips = Flips(cut.mixtures, scales=None)
+    flips = Flips(cut.gates, scales=None)
     passes = propagate(
         cut, update, points, low=low, local=points, derivative=derivative
     )

@@ -174,7 +174,7 @@ class _Pass:
             else:
                 out, values[s] = self._forward(batch, s, h)
             hidden[s] = out
-            if (chosen := self.cut.chosen(self.stage)) is not None:
+            if (chosen := self.cut.chosen.get(self.stage.layer)) is not None:
                 experts[s] = chosen
         for point in self.local:
             self._local(
