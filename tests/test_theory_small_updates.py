@@ -70,7 +70,7 @@ def plain_kl(given: Setting, t: float, steers: Any) -> float:
         ids = batch.arguments["input_ids"]
         at = [rows.index(i) for i in batch.index]
         own = {
-            layer: lambda _, s=steer: t * s[at, : ids.shape[1]]  # noqa: B023
+            layer: lambda _, s=steer[at, : ids.shape[1]]: t * s
             for layer, steer in steers.items()
         }
         tuned = plain_outputs(given, t, ids)
@@ -129,7 +129,7 @@ def test_the_excess_is_what_plain_hooks_show(inside: Setting) -> None:
                 inside,
                 0,
                 ids,
-                {n: lambda _, n=n, t=t: t * propagated[n] for n in (0, 1)},  # noqa: B023
+                {n: lambda _, s=t * s: s for n, s in propagated.items()},
             )
             for t in (e, -e)
         ]
@@ -158,7 +158,7 @@ def test_the_gap_is_that_of_plain_hooks(inside: Setting) -> None:
         for layer, misfit in misfits.items():
             own = misfit[at, : ids.shape[1]]
             ends = [
-                plain_outputs(inside, 0, ids, {layer: lambda _, s=s: s * own})  # noqa: B023
+                plain_outputs(inside, 0, ids, {layer: lambda _, s=s * own: s})
                 for s in (e, -e)
             ]
             expected = expected + (ends[0] - ends[1]) / (2 * e)

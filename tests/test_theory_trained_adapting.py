@@ -419,7 +419,7 @@ def test_a_study_has_what_the_claims_read() -> None:
 
 def test_rates_are_chosen_on_expressions_that_no_seed_is_measured_on() -> None:
     sizes = study.Sizes(steps=2, batch=3)
-    validation = study.unseen(study.SWEEP, 5)
+    validation = study.for_rates(study.SWEEP, 5)
     trained = study.expressions(study.SWEEP, sizes)
     test = study.held_out(0, 5)
     assert study.SWEEP not in SHIPPED

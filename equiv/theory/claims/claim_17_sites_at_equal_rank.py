@@ -7,6 +7,7 @@ from equiv.theory.registry import claim
 from equiv.theory.trained.certainty import Mean, Side, difference
 from equiv.theory.trained.deciding import (
     at_layer,
+    by_layer,
     decided,
     layers,
     over_layers,
@@ -129,10 +130,7 @@ def _reading(misfits: Mapping[str, Value]) -> dict[str, Value]:
 def _shown(misfits: Mapping[str, Value]) -> dict[str, Value]:
     """Means over seeds by site, one per layer, of full rank."""
     return {
-        f"{name}, {site}": [
-            sum(at_layer(by_rank["full"], layer)) / len(by_rank["full"])
-            for layer in layers(by_rank["full"])
-        ]
+        f"{name}, {site}": by_layer(by_rank["full"])
         for name, by_site in misfits.items()
         for site, by_rank in by_site.items()
     }

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from equiv.report.numbers import figure, percent
 from equiv.theory.registry import claim
 from equiv.theory.trained.certainty import Mean, Side, mean
-from equiv.theory.trained.deciding import at_layer, layers, over_layers, unlearned
+from equiv.theory.trained.deciding import (
+    at_layer,
+    by_layer,
+    layers,
+    over_layers,
+    unlearned,
+)
 from equiv.theory.values import AsWritten, ClaimResult, Value, Verdict
 
 SKIP = "δskip share"
@@ -74,10 +80,7 @@ def coverage_of_shifts(results: Mapping[str, Value]) -> ClaimResult:
                 name: found.to_dict() for name, found in control.items()
             },
             "by layer": {
-                name: {
-                    ratio: [_average(table, layer) for layer in layers(table)]
-                    for ratio, table in ratios.items()
-                }
+                name: {ratio: by_layer(table) for ratio, table in ratios.items()}
                 for name, ratios in tables.items()
             },
         },
@@ -96,11 +99,6 @@ def _tables(coverage: Mapping[str, Value]) -> dict[str, Value]:
 def _averages(tables: Mapping[str, Value]) -> dict[str, Mean]:
     """The skip's share, averaged over layers."""
     return {name: mean(over_layers(t[SKIP])) for name, t in tables.items()}
-
-
-def _average(table: list[list[float]], layer: int) -> float:
-    values = at_layer(table, layer)
-    return sum(values) / len(values)
 
 
 def _as_written(single: Mapping[str, Mean]) -> AsWritten:

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from equiv.report.numbers import figure, percent
 from equiv.theory.registry import claim
 from equiv.theory.trained.certainty import Mean, Side, difference, mean
-from equiv.theory.trained.deciding import at_layer, layers, over_layers, unlearned
+from equiv.theory.trained.deciding import (
+    at_layer,
+    by_layer,
+    layers,
+    over_layers,
+    unlearned,
+)
 from equiv.theory.values import AsWritten, ClaimResult, Value, Verdict
 
 VARIANTS = ("SiLU", "GELU", "SiLU, post-norms", "GELU, post-norms")
@@ -87,7 +93,7 @@ def oracles_by_depth(results: Mapping[str, Value]) -> ClaimResult:
         conditions={f"depth does not help: {n}": said for n, said in worse.items()},
         evidence={
             "ΔKL by layer": {
-                f"{name}, {site}": [mean(at_layer(t, n)).mean for n in layers(t)]
+                f"{name}, {site}": by_layer(t)
                 for name, sites in change.items()
                 for site, t in sites.items()
             },

@@ -7,6 +7,7 @@ from equiv.theory.registry import claim
 from equiv.theory.trained.certainty import difference, mean
 from equiv.theory.trained.deciding import (
     at_layer,
+    by_layer,
     decided,
     layers,
     over_layers,
@@ -84,7 +85,7 @@ def concentrated_oracle(results: Mapping[str, Value]) -> ClaimResult:
                 for control, found in gaps.items()
             },
             "by layer": {
-                f"{measure}, {name}, {kind}": _by_layer(table[measure])
+                f"{measure}, {name}, {kind}": by_layer(table[measure])
                 for name, by_kind in spread.items()
                 for kind, table in by_kind.items()
                 for measure in MEASURES
@@ -92,10 +93,6 @@ def concentrated_oracle(results: Mapping[str, Value]) -> ClaimResult:
         },
         as_written=_as_written(spread, max(results["width"])),
     )
-
-
-def _by_layer(table: list[list[float]]) -> list[float]:
-    return [mean(at_layer(table, layer)).mean for layer in layers(table)]
 
 
 def _shown(measures: Mapping[str, Value]) -> str:

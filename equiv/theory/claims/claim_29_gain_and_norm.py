@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from equiv.report.numbers import figure
 from equiv.theory.registry import claim
 from equiv.theory.trained.certainty import Side, difference, mean
-from equiv.theory.trained.deciding import at_layer, layers
+from equiv.theory.trained.deciding import at_layer, by_layer, layers
 from equiv.theory.values import AsWritten, ClaimResult, Value, Verdict
 
 
@@ -65,9 +65,7 @@ def gain_and_norm(results: Mapping[str, Value]) -> ClaimResult:
             "excess with 1/ρ": {n: m.to_dict() for n, m in within.items()},
             "gain with 1/ρ": {n: m.to_dict() for n, m in total.items()},
             **{
-                f"{name} by layer": [
-                    mean(at_layer(gain[name], n)).mean for n in layers(gain["rho"])
-                ]
+                f"{name} by layer": by_layer(gain[name])
                 for name in ("rho", "gain", "excess")
             },
         },

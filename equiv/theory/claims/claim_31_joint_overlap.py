@@ -1,6 +1,6 @@
 """Claim 31: trained together, an adapter and LoRA write into shared directions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -9,6 +9,7 @@ from equiv.theory.registry import claim
 from equiv.theory.subspaces import overlap
 from equiv.theory.toys import Draw
 from equiv.theory.trained.certainty import Side, mean
+from equiv.theory.trained.deciding import over_layers
 from equiv.theory.values import ClaimResult, Value, Verdict
 
 DRAWS = 1000
@@ -44,7 +45,7 @@ NONE = 1e-6
 def joint_overlap(results: Mapping[str, Value], seed: int) -> ClaimResult:
     """Layer means per seed, against chance with its spread."""
     by_side = results["overlap"]["joint none"]
-    naive = {side: averaged(own) for side, own in by_side.items()}
+    naive = {side: over_layers(own) for side, own in by_side.items()}
     d, r, layers = _sizes(results)
     centre, spread = chance(d, r, layers, seed)
     found = {side: mean(own) for side, own in naive.items()}
@@ -59,7 +60,7 @@ def joint_overlap(results: Mapping[str, Value], seed: int) -> ClaimResult:
         "spread of chance": spread,
         "largest where projected": largest,
         "output overlap, input projected": sum(
-            averaged(results["overlap"]["joint input"]["output"])
+            over_layers(results["overlap"]["joint input"]["output"])
         )
         / len(results["seeds"]),
     }
@@ -75,11 +76,6 @@ def joint_overlap(results: Mapping[str, Value], seed: int) -> ClaimResult:
     within = found["output"].high < centre + 2 * spread
     verdict = Verdict.FAILS if within or not parted else Verdict.INCONCLUSIVE
     return ClaimResult(verdict, says, evidence=evidence)
-
-
-def averaged(by_seed: Sequence[Sequence[float]]) -> list[float]:
-    """Mean over layers, per seed."""
-    return [sum(layers) / len(layers) for layers in by_seed]
 
 
 def chance(d: int, r: int, layers: int, seed: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from equiv.theory.registry import claim
 from equiv.theory.toy_blocks import Block, adding, draw_block, run, traced
 from equiv.theory.toys import Draw
 from equiv.theory.trained.certainty import Mean, Side, difference, mean
+from equiv.theory.trained.deciding import by_layer
 from equiv.theory.values import ClaimResult, Value, Verdict
 
 WIDTH, TOKENS, LAYERS, LAYER = 8, 5, 3, 1
@@ -60,8 +61,8 @@ def gradient_step(results: Mapping[str, Value], seed: int) -> ClaimResult:
     evidence = {
         **exact.evidence,
         "cosine by layer": [cosine.to_dict() for cosine in cosines],
-        "chance level by layer": _by_layer(found["by chance"]),
-        "share of permutations at or above, by layer": _by_layer(found["share"]),
+        "chance level by layer": by_layer(found["by chance"]),
+        "share of permutations at or above, by layer": by_layer(found["share"]),
         "1/√d": results["sizes"]["width"] ** -0.5,
     }
     if exact.verdict is Verdict.FAILS:
@@ -77,11 +78,6 @@ def gradient_step(results: Mapping[str, Value], seed: int) -> ClaimResult:
     below = all(own.side() is Side.BELOW for own in over)
     verdict = Verdict.FAILS if below else Verdict.INCONCLUSIVE
     return ClaimResult(verdict, says, evidence=evidence)
-
-
-def _by_layer(by_seed: Sequence[Sequence[float]]) -> list[float]:
-    """Mean over seeds, per layer."""
-    return [sum(layer) / len(layer) for layer in zip(*by_seed, strict=True)]
 
 
 def _over(found: Mapping[str, Value], layer: int) -> Mean:

@@ -71,6 +71,16 @@ def at_layer(table: Table, layer: int) -> list[float]:
     return [row[layer] for row in table]
 
 
+def by_layer(table: Table) -> list[float]:
+    """Per layer, the mean over seeds.
+
+    Example:
+        >>> by_layer([[1.0, 2.0], [3.0, 5.0]])
+        [2.0, 3.5]
+    """
+    return [fmean(at_layer(table, layer)) for layer in layers(table)]
+
+
 def layers(table: Table) -> range:
     """The layers of a table."""
     return range(len(table[0]))

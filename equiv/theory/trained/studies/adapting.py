@@ -26,6 +26,7 @@ from equiv.theory.trained.adapting import (
     unsteered,
 )
 from equiv.theory.trained.gradient_step import gradient_step
+from equiv.theory.trained.joining import joined
 from equiv.theory.trained.linearised import kl_to, linearised
 from equiv.theory.trained.nets import EVENLY, OLD, Recipe, base_of
 from equiv.theory.trained.study import study
@@ -39,6 +40,9 @@ FULL_RATES = (1e-3, 3e-3, 1e-2)
 LARGE_RATES = (3e-3, 1e-2, 3e-2)  # LoRA, and steering of its size
 SMALL_RATES = (1e-2, 3e-2, 1e-1)  # maps of rank `RANK`
 VECTOR_RATES = (3e-2, 1e-1, 3e-1)
+
+# What has a figure for every seed.
+TABLES = ("loss", "accuracy", "kl", "gradient step", "overlap")
 
 CROSSED = {
     f"{form} {site} {positions}": Method(form, site, RANK, positions)
@@ -94,7 +98,7 @@ def measured(seeds: Sequence[int], sizes: Sizes) -> Mapping[str, Value]:
 def rates(sizes: Sizes) -> dict[str, dict[str, float]]:
     """Method → rate, as text → validation loss."""
     base = base_of(SWEEP, sizes.recipe)
-    data, validation = expressions(SWEEP, sizes), unseen(SWEEP, sizes.validation)
+    data, validation = expressions(SWEEP, sizes), for_rates(SWEEP, sizes.validation)
     tried = {}
     for name, method in METHODS.items():
         losses = by_rate(base, method, data, validation, choices(method), SWEEP)
@@ -158,11 +162,6 @@ def gathered(
     sizes: Sizes,
 ) -> dict[str, Value]:
     """One table per quantity, lists in the order of the seeds."""
-    first = found[0]
-    tables = {
-        table: {name: [one[table][name] for one in found] for name in first[table]}
-        for table in ("loss", "accuracy", "kl", "gradient step")
-    }
     return {
         "sizes": {
             "width": sizes.recipe.width,
@@ -172,12 +171,8 @@ def gathered(
             "held out": sizes.held_out,
         },
         "validation loss by rate": {name: dict(own) for name, own in tried.items()},
-        "parameters": first["parameters"],
-        **tables,
-        "overlap": {
-            name: {side: [one["overlap"][name][side] for one in found] for side in own}
-            for name, own in first["overlap"].items()
-        },
+        "parameters": found[0]["parameters"],
+        **joined([{table: one[table] for table in TABLES} for one in found]),
     }
 
 
@@ -199,7 +194,7 @@ def held_out(seed: int, count: int) -> Asked:
     )
 
 
-def unseen(seed: int, count: int) -> Asked:
+def for_rates(seed: int, count: int) -> Asked:
     """What rates are chosen on: of the part that is not held out."""
     return asked(islice(exchanged(generate(EVENLY, 10 * seed + 6)), count))
 
