@@ -82,7 +82,7 @@ def test_texts_come_with_their_tokenizer(mine: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["0"], "no claim 0; there are 1, 2"),
+        (["0"], "no claim 0; there are 1 to 49"),
         (["--only", "1,x"], "no claim x"),
         ([MODEL[0]], "a model and its update"),
         (["1", "--inputs", "texts.txt"], "--inputs needs MODEL"),

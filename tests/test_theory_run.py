@@ -142,7 +142,7 @@ def test_numbers_are_the_theorys_and_names_the_users() -> None:
 def test_calls_that_make_no_sense(tmp_path: Path) -> None:
     model, (update, _) = model_and_updates()
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"claims": [0]}, "no claim 0; there are 1, 2"),
+        ({"claims": [0]}, "no claim 0; there are 1 to 49"),
         ({"claims": [1], "model": model}, "both a model and an update"),
         ({"claims": [1], "norm": "maximum"}, "norm"),
         ({"claims": [1], "seed": -1}, "seed"),

@@ -129,11 +129,12 @@ def _chosen(named: Sequence[str], only: str | None) -> list["Claim"]:
     asked = [*named, *(only.replace(",", " ").split() if only else [])]
     own = [c for word in asked if word.endswith(".py") for c in from_file(Path(word))]
     known = {str(claim.id): claim for claim in shipped()}
+    ends = list(known)
     numbers = [word for word in asked if not word.endswith(".py")]
     for number in numbers:
         if number not in known:
             raise ArgumentError(
-                f"There is no claim {number}; there are {', '.join(known)}."
+                f"There is no claim {number}; there are {ends[0]} to {ends[-1]}."
             )
     picked = [known[number] for number in numbers]
     return [*own, *picked] if asked else list(known.values())

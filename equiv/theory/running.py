@@ -91,8 +91,9 @@ def _chosen(claims: Iterable[int | Claim] | None) -> list[Claim]:
             continue
         known = known or {claim.id: claim for claim in registry.shipped()}
         if wanted not in known:
-            numbers = ", ".join(str(number) for number in known)
-            raise ArgumentError(f"There is no claim {wanted!r}; there are {numbers}.")
+            raise ArgumentError(
+                f"There is no claim {wanted!r}; there are {min(known)} to {max(known)}."
+            )
         chosen.append(known[wanted])
     return chosen
 
